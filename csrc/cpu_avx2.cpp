@@ -1,0 +1,3 @@
+// The CPU kernels for AVX2; the flags are in setup.py.
+#define FUSEDOPT_ISA avx2
+#include "cpu.inl"

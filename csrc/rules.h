@@ -1,0 +1,218 @@
+// THE MATH. Every update rule, once, for every processor.
+//
+// A rule is built from the group's hyper-parameters and the parameter's step number, in double,
+// as stock torch computes its scalars; it is then applied to each element in the parameter's
+// arithmetic type T (double for float64 parameters, float for all others):
+//
+//     Rule<T> rule(hyper, step, first);
+//     rule(p, g, s);       // p: weight, g: gradient, s: the rule's state, all read and written
+//
+// The gradient has been unscaled and signed already (gradient.h), and whatever happens to the
+// weight on its way to memory happens afterwards (store.h). No rule knows of data types, layouts,
+// threads or devices.
+//
+// The build forbids the compiler to contract a * b + c into a fused multiply-add: with the
+// multiplications and additions rounded one by one, division and square root being exact to the
+// last bit everywhere, each rule gives the same bits on every instruction set.
+#pragma once
+
+#include <math.h>
+
+#include "num.h"
+
+namespace fusedopt::FUSEDOPT_ISA {
+
+// What the Python side must know of a rule. A family is one optimizer class with variants: the
+// group options named in `flags` (true when not zero) select the variant, flag i counting 2^i, and
+// with it the states that exist. Hyper-parameters are listed in the order in which the
+// constructors below read them; "betas.0" is the first element of the option "betas".
+struct StateInfo {
+  const char* name;
+  int flag;  // exists when this flag is set; -1: always
+};
+
+struct Family {
+  const char* name;
+  const char* hyper[8];
+  const char* flags[2];
+  StateInfo states[3];
+  bool counts_steps;          // keeps state["step"]
+  bool first_writes_state;    // a missing state[0] is written, not read, by the first update
+};
+
+// Adam: Kingma & Ba 2015, Algorithm 1. AdamW: Loshchilov & Hutter 2019, Algorithm 2, which decays
+// the weight itself ("decoupled") where Adam adds the decay to the gradient.
+// AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
+constexpr Family kAdamFamily = {
+    "adam",
+    {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay"},
+    {"amsgrad"},
+    {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
+    true,
+    false};
+
+template <class T, bool kAmsgrad>
+struct Adam {
+  static constexpr int kStates = kAmsgrad ? 3 : 2;
+
+  T keep, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
+  bool coupled;
+
+  FUSEDOPT_HD Adam(const double* h, double step, bool /*first*/) {
+    const double lr = h[0], beta1 = h[1], b2 = h[2], weight_decay = h[4];
+    const bool decoupled = h[5] != 0;
+    // Kingma & Ba, section 2: both bias corrections move into the step size, here with eps scaled
+    // by the same factor, which keeps the published formula exactly and saves a division:
+    //   lr * m_hat / (sqrt(v_hat) + eps),  m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
+    const double bias1 = 1 - pow(beta1, step);
+    const double root_bias2 = sqrt(1 - pow(b2, step));
+    keep = T(decoupled ? 1 - lr * weight_decay : 1);
+    l2 = T(decoupled ? 0 : weight_decay);
+    coupled = !decoupled && weight_decay != 0;
+    one_minus_beta1 = T(1 - beta1);
+    beta2 = T(b2);
+    one_minus_beta2 = T(1 - b2);
+    step_size = T(lr * root_bias2 / bias1);
+    eps = T(h[3] * root_bias2);
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+    if (coupled) g += l2 * p;
+    p *= keep;
+    s[0] += one_minus_beta1 * (g - s[0]);
+    s[1] = beta2 * s[1] + one_minus_beta2 * (g * g);
+    T v = s[1];
+    if constexpr (kAmsgrad) v = s[2] = maximum(s[2], v);
+    p -= step_size * s[0] / (square_root(v) + eps);
+  }
+};
+
+// SGD with momentum as Sutskever et al. 2013, in torch's form: the buffer starts as the first
+// gradient, undampened, and the learning rate multiplies it at every step. With dampening equal
+// to momentum it is the exponentially weighted average s_t = b s_(t-1) + (1 - b) g_t, s_1 = g_1.
+constexpr Family kSgdFamily = {"sgd",
+                               {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
+                               {"momentum"},
+                               {{"momentum_buffer", 0}},
+                               false,
+                               true};
+
+template <class T, bool kMomentum>
+struct Sgd {
+  static constexpr int kStates = kMomentum ? 1 : 0;
+
+  T lr, momentum, gain, l2;
+  bool decay, nesterov;
+
+  FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool first) {
+    lr = T(h[0]);
+    momentum = T(h[1]);
+    gain = T(first ? 1 : 1 - h[2]);
+    l2 = T(h[3]);
+    decay = h[3] != 0;
+    nesterov = h[4] != 0;
+    is_first = first;
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+    if (decay) g += l2 * p;
+    if constexpr (kMomentum) {
+      s[0] = is_first ? g : momentum * s[0] + gain * g;  // before the first, s[0] is not a number
+      g = nesterov ? g + momentum * s[0] : s[0];
+    }
+    p -= lr * g;
+  }
+
+  bool is_first;
+};
+
+// RMSprop: Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, equations 38 to 45.
+// As in torch, eps is added to the root, not under it.
+constexpr Family kRmspropFamily = {"rmsprop",
+                                   {"lr", "alpha", "eps", "weight_decay", "momentum"},
+                                   {"momentum", "centered"},
+                                   {{"square_avg", -1}, {"momentum_buffer", 0}, {"grad_avg", 1}},
+                                   true,
+                                   false};
+
+template <class T, bool kMomentum, bool kCentered>
+struct Rmsprop {
+  static constexpr int kStates = 1 + kMomentum + kCentered;
+  static constexpr int kGradAvg = 1 + kMomentum;
+
+  T lr, alpha, one_minus_alpha, eps, l2, momentum;
+  bool decay;
+
+  FUSEDOPT_HD Rmsprop(const double* h, double /*step*/, bool /*first*/) {
+    lr = T(h[0]);
+    alpha = T(h[1]);
+    one_minus_alpha = T(1 - h[1]);
+    eps = T(h[2]);
+    l2 = T(h[3]);
+    decay = h[3] != 0;
+    momentum = T(h[4]);
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+    if (decay) g += l2 * p;
+    s[0] = alpha * s[0] + one_minus_alpha * (g * g);
+    T v = s[0];
+    if constexpr (kCentered) {
+      s[kGradAvg] += one_minus_alpha * (g - s[kGradAvg]);
+      v -= s[kGradAvg] * s[kGradAvg];
+    }
+    const T denominator = square_root(v) + eps;
+    if constexpr (kMomentum) {
+      s[1] = momentum * s[1] + g / denominator;
+      p -= lr * s[1];
+    } else {
+      p -= lr * g / denominator;
+    }
+  }
+};
+
+// Adagrad: Duchi, Hazan & Singer 2011, the diagonal form of figure 1. The learning rate decays as
+// lr / (1 + lr_decay (t - 1)).
+constexpr Family kAdagradFamily = {"adagrad",
+                                   {"lr", "lr_decay", "eps", "weight_decay"},
+                                   {},
+                                   {{"sum", -1}},
+                                   true,
+                                   false};
+
+template <class T>
+struct Adagrad {
+  static constexpr int kStates = 1;
+
+  T lr, eps, l2;
+  bool decay;
+
+  FUSEDOPT_HD Adagrad(const double* h, double step, bool /*first*/) {
+    lr = T(h[0] / (1 + (step - 1) * h[1]));
+    eps = T(h[2]);
+    l2 = T(h[3]);
+    decay = h[3] != 0;
+  }
+
+  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+    if (decay) g += l2 * p;
+    s[0] += g * g;
+    p -= lr * g / (square_root(s[0]) + eps);
+  }
+};
+
+// No optimizer: reads and writes what an optimizer with this many states does, and computes next
+// to nothing. The streaming limit that benchmarks quote.
+template <class T, int kN>
+struct Stream {
+  static constexpr int kStates = kN;
+
+  FUSEDOPT_HD Stream(const double*, double, bool) {}
+
+  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+    p += g;
+    for (int k = 0; k < kN; ++k) s[k] += g;
+  }
+};
+
+}  // namespace fusedopt::FUSEDOPT_ISA

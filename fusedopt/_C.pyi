@@ -1,0 +1,42 @@
+"""The extension, built from csrc/. Only fusedopt.optimizer imports it."""
+
+from typing import Any
+
+import torch
+
+def bind_torch(tensor_type: type, parameter_type: type) -> None:
+    """Connects the extension to torch's DLPack exchange API; once, before all else."""
+
+def cpu_isa() -> str:
+    """The instruction set in use. RuntimeError when FUSEDOPT_ISA names one not to be had."""
+
+def cpu_isas() -> str:
+    """Those to be had here, best first, separated by spaces."""
+
+def cpu_has_threads() -> bool:
+    """False in a build without OpenMP."""
+
+def families() -> dict[str, dict[str, Any]]:
+    """For each rule family: "states", a list of (name, option that makes it exist or None), and
+    "counts_steps", whether state["step"] is kept."""
+
+class Stepper:
+    """Takes the steps of one optimizer: gather(), then run()."""
+
+    def __init__(self, family: str) -> None: ...
+    def gather(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[torch.Tensor, Any],
+        created: bool,
+        grad_scale: float,
+    ) -> tuple[list[tuple[int, int, list[str]]], list[tuple[int, int, str]]] | None:
+        """Reads and checks everything, and writes nothing.
+
+        Returns None when run() may follow; else (missing, fallback). missing: (group, parameter,
+        names) of state that must be created, after which gather(created=True) must be called.
+        fallback: (group, parameter, reason) of what run() will leave to torch.
+        """
+
+    def run(self, threads: int, stream: bool = False) -> list[torch.Tensor]:
+        """Carries out what gather() found, without the GIL; returns the updated parameters."""

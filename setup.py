@@ -1,0 +1,136 @@
+"""Builds fusedopt._C, the extension with the kernels.
+
+The extension knows no torch: no torch headers, no torch libraries, and no torch in the build
+environment, so one build serves every torch from 2.10 on. Compilation goes through a ninja file:
+rebuilding compiles only what changed, on all cores.
+
+Environment:
+    CXX, CXXFLAGS, LDFLAGS   the compiler, and flags to add
+    FUSEDOPT_BUILD_DIR       where object files go (default: build/fusedopt)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+# -ffp-contract=off: no fused multiply-adds, so that every instruction set rounds alike (rules.h).
+# -fno-math-errno, -fno-trapping-math: let sqrt and selects be vectorized; they leave results,
+# nan and inf among them, alone. (-ffast-math would not.)
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNEL = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+X86_KERNELS = {
+    "cpu_avx2.cpp": ["-mavx2", "-mfma"],
+    "cpu_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command line; exits with one sentence when there is none."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "c++", "clang++"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    sys.exit(
+        "fusedopt: no C++ compiler found "
+        + (f"(CXX={wanted})" if wanted else "(looked for g++, c++ and clang++)")
+        + "; install one (Debian and Ubuntu: apt install g++) or set CXX."
+    )
+
+
+def compiles(compiler: list[str], flags: list[str], source: str) -> bool:
+    """Whether a program compiles and links with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        command = [*compiler, "-std=c++17", *flags, str(path), "-o", str(Path(folder, "probe"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def ninja_quote(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+class BuildExt(build_ext):
+    """Writes build.ninja, runs it, and lets setuptools place the result."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        if not compiles(compiler, [], "#include <type_traits>\nint main() {}"):
+            sys.exit(f"fusedopt: {shlex.join(compiler)} cannot compile C++17.")
+        include = sysconfig.get_path("include")
+        if not Path(include, "Python.h").exists():
+            sys.exit(
+                f"fusedopt: Python.h is not in {include}; install Python's headers "
+                "(Debian and Ubuntu: apt install python3-dev)."
+            )
+        folder = Path(os.environ.get("FUSEDOPT_BUILD_DIR", ROOT / "build" / "fusedopt")).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(compiler, include, target))
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
+        if subprocess.run(command).returncode != 0:
+            sys.exit("fusedopt: the extension did not compile; the compiler's words are above.")
+
+    def ninja_file(self, compiler: list[str], include: str, target: Path) -> str:
+        openmp = ["-fopenmp"]
+        if not compiles(compiler, openmp, "#include <omp.h>\nint main() { omp_get_thread_num(); }"):
+            print("fusedopt: no OpenMP in this compiler; steps will run on one thread.")
+            openmp = []
+        x86 = platform.machine().lower() in ("x86_64", "amd64") and all(
+            compiles(compiler, flags, "int main() {}") for flags in X86_KERNELS.values()
+        )
+        print(f"fusedopt: kernels for {'base, avx2, avx512' if x86 else 'base'}")
+
+        sources = ["bind.cpp", "cpu.cpp", "layout.cpp", "cpu_base.cpp", *(X86_KERNELS if x86 else [])]
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        common = COMMON + openmp + (["-DFUSEDOPT_X86"] if x86 else []) + extra
+        python = ["-isystem", include, "-isystem", pybind11.get_include()]
+        link = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        link += openmp + shlex.split(os.environ.get("LDFLAGS", ""))
+
+        lines = [
+            "ninja_required_version = 1.5",
+            f"rule compile\n  command = {ninja_quote(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
+            f"rule link\n  command = {ninja_quote(compiler)} $in {ninja_quote(link)} -o $out",
+            "  description = link $out",
+        ]
+
+        def path(p: Path) -> str:
+            return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+        objects = []
+        for source in sources:
+            flags = list(common)
+            if source == "bind.cpp":
+                flags += python
+            elif source not in ("cpu.cpp", "layout.cpp"):
+                flags += KERNEL + X86_KERNELS.get(source, [])
+            objects.append(source.replace(".cpp", ".o"))
+            lines.append(f"build {objects[-1]}: compile {path(ROOT / 'csrc' / source)}")
+            lines.append(f"  flags = {ninja_quote(flags)}")
+        lines.append(f"build {path(target)}: link {' '.join(objects)}")
+        return "\n".join(lines) + "\n"
+
+
+setup(ext_modules=[Extension("fusedopt._C", sources=[])], cmdclass={"build_ext": BuildExt})
