@@ -101,7 +101,7 @@ class BuildExt(build_ext):
         )
         print(f"fusedopt: kernels for {'base, avx2, avx512' if x86 else 'base'}")
 
-        sources = ["bind.cpp", "cpu.cpp", "layout.cpp", "cpu_base.cpp", *(X86_KERNELS if x86 else [])]
+        sources = ["bind.cpp", "cpu.cpp", "layout.cpp", "overlap.cpp", "pytensor.cpp", "cpu_base.cpp", *(X86_KERNELS if x86 else [])]
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         common = COMMON + openmp + (["-DFUSEDOPT_X86"] if x86 else []) + extra
         python = ["-isystem", include, "-isystem", pybind11.get_include()]
@@ -122,9 +122,9 @@ class BuildExt(build_ext):
         objects = []
         for source in sources:
             flags = list(common)
-            if source == "bind.cpp":
+            if source in ("bind.cpp", "pytensor.cpp"):
                 flags += python
-            elif source not in ("cpu.cpp", "layout.cpp"):
+            elif source not in ("cpu.cpp", "layout.cpp", "overlap.cpp"):
                 flags += KERNEL + X86_KERNELS.get(source, [])
             objects.append(source.replace(".cpp", ".o"))
             lines.append(f"build {objects[-1]}: compile {path(ROOT / 'csrc' / source)}")

@@ -58,7 +58,7 @@ const Isa& isa() {
 }
 
 // Below this length of the work line a second thread costs more than it brings.
-constexpr int64_t kSerial = 32768;
+constexpr int64_t kSerial = 1 << 17;
 
 }  // namespace
 

@@ -15,6 +15,15 @@ int64_t stride_of(const View& view, int dim) {
 
 }  // namespace
 
+bool Shape::remember(const View& view) {
+  ndim_ = -1;
+  if (view.ndim > kDims || view.stride == nullptr) return false;
+  ndim_ = view.ndim;
+  std::copy(view.size, view.size + view.ndim, size_);
+  std::copy(view.stride, view.stride + view.ndim, stride_);
+  return true;
+}
+
 int64_t item_size(DType dtype) {
   switch (dtype) {
     case DType::kFloat32: return 4;

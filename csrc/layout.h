@@ -21,6 +21,26 @@ struct View {
   const int64_t* stride;  // null: row-major
 };
 
+// A shape with strides, to recognise a tensor by.
+class Shape {
+ public:
+  // False when the view cannot be remembered: it has too many dimensions, or no strides.
+  bool remember(const View& view);
+  bool matches(const View& view) const {
+    if (view.ndim != ndim_ || view.stride == nullptr) return false;
+    for (int d = 0; d < ndim_; ++d) {
+      if (view.size[d] != size_[d] || view.stride[d] != stride_[d]) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int kDims = 5;
+  int ndim_ = -1;
+  int64_t size_[kDims];
+  int64_t stride_[kDims];
+};
+
 int64_t item_size(DType dtype);
 
 // Elements of the view, a complex one counting as one.

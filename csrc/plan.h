@@ -53,7 +53,7 @@ struct Group {
 
 struct Plan {
   const Group* groups;
-  const Task* tasks;
+  const Task* const* tasks;
   int64_t n_tasks;
   // begin[i] is the position of task i on a line on which every task takes room in proportion to
   // its cost; begin[n_tasks] is the length of the line. Engines cut the line into equal parts.

@@ -1,5 +1,6 @@
 """The extension, built from csrc/. Only fusedopt.optimizer imports it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +24,16 @@ def families() -> dict[str, dict[str, Any]]:
 class Stepper:
     """Takes the steps of one optimizer: gather(), then run()."""
 
-    def __init__(self, family: str) -> None: ...
+    def __init__(self, family: str, unshared: Callable[[torch.Tensor], bool]) -> None:
+        """unshared(tensor): whether nothing else leads to the tensor's memory."""
+
     def gather(
-        self,
-        groups: list[dict[str, Any]],
-        state: dict[torch.Tensor, Any],
-        created: bool,
-        grad_scale: float,
+        self, attributes: dict[str, Any], untouched: bool, created: bool, grad_scale: float
     ) -> tuple[list[tuple[int, int, list[str]]], list[tuple[int, int, str]]] | None:
         """Reads and checks everything, and writes nothing.
+
+        attributes: the optimizer's __dict__. untouched: its state has not been asked for since
+        the last step.
 
         Returns None when run() may follow; else (missing, fallback). missing: (group, parameter,
         names) of state that must be created, after which gather(created=True) must be called.

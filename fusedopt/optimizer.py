@@ -5,7 +5,9 @@ This is the only module that imports the extension.
 
 from __future__ import annotations
 
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, overload
 
@@ -33,6 +35,23 @@ _Missing = list[tuple[int, int, list[str]]]
 _Fallback = list[tuple[int, int, str]]
 
 
+def _references(tensor: Tensor) -> tuple[int, int, int] | None:
+    """How many refer to a tensor's memory, storage object and self; None when torch won't tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return None
+    storage = tensor.untyped_storage()
+    return count(storage._cdata), sys.getrefcount(storage), weakref.getweakrefcount(tensor)
+
+
+_NO_OTHER_REFERENCES = _references(torch.zeros(()))
+
+
+def _unshared(tensor: Tensor) -> bool:
+    """Whether no view, exported storage or weak reference leads to a tensor's memory."""
+    return _NO_OTHER_REFERENCES is not None and _references(tensor) == _NO_OTHER_REFERENCES
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """The fused step, to be mixed into a stock optimizer class before that class.
 
@@ -45,6 +64,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     # A GradScaler hands such an optimizer its scale and its verdict, instead of rewriting the
     # gradients before the step: the division happens in the kernel.
     _step_supports_amp_scaling = True
+
+    # Whoever asks for the state may change it, by hand and in any way, so the next step has to
+    # look at all of it again; while nobody asks, it need not (csrc/stepper.h).
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """The optimizer's state: for each parameter, a dict of its tensors."""
+        self.__dict__["_state_touched"] = True
+        state: dict[Tensor, Any] = self.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, value: dict[Tensor, Any]) -> None:
+        self.__dict__["_state_touched"] = True
+        self.__dict__["state"] = value
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -75,19 +108,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None or not found_inf.item():
-            with torch.no_grad():
-                self._fused_step()
+            self._fused_step()
         return loss
 
     def _fused_step(self, stream: bool = False) -> None:
         """One step; with ``stream``, a benchmark's stand-in that only moves the same bytes."""
-        stepper: _C.Stepper | None = self.__dict__.get("_stepper")
+        attributes = self.__dict__
+        stepper: _C.Stepper | None = attributes.get("_stepper")
         if stepper is None:
-            stepper = self._stepper = _C.Stepper(self._family)
+            stepper = self._stepper = _C.Stepper(self._family, _unshared)
+        untouched = not attributes.get("_state_touched", True)
+        attributes["_state_touched"] = False
         grad_scale = getattr(self, "grad_scale", None)
         scale = 1.0 if grad_scale is None else float(grad_scale)
 
-        report = stepper.gather(self.param_groups, self.state, False, scale)
+        report = stepper.gather(attributes, untouched, False, scale)
         if report is not None:
             self._prepare(stepper, *report, scale)
         # State is no part of any graph, but parameters are: autograd must know they changed.
@@ -100,7 +135,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         created = self._create_state(missing)
         try:
             if created:
-                report = stepper.gather(self.param_groups, self.state, True, scale)
+                report = stepper.gather(self.__dict__, False, True, scale)
                 fallback = report[1] if report is not None else []
             for group, index, _ in fallback:  # torch creates its own
                 self._discard_state(group, index, created.pop((group, index), []))
@@ -127,14 +162,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{sorted(present)} but lacks {names}"
                 )
             new += [(param, group, name) for name in names]
-        # The counters of one step are views of one tensor: one allocation, one place to look.
-        steps: dict[torch.dtype, list[Tensor]] = {}
-        for dtype in {self._step_dtype(group) for _, group, name in new if name == "step"}:
-            n = sum(name == "step" and self._step_dtype(group) == dtype for _, group, name in new)
-            counters = torch.zeros(n, dtype=dtype)
-            steps[dtype] = [counters[i] for i in reversed(range(n))]
+        # All tensors before the first entry: when memory runs out, nothing has changed.
         tensors = [
-            steps[self._step_dtype(group)].pop() if name == "step" else self._new_state(param, name)
+            torch.zeros((), dtype=self._step_dtype(group))
+            if name == "step"
+            else self._new_state(param, name)
             for param, group, name in new
         ]
         for (param, _, name), tensor in zip(new, tensors, strict=True):

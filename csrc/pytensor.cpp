@@ -1,0 +1,105 @@
+#include "pytensor.h"
+
+#include "exchange.h"
+
+namespace fusedopt {
+namespace {
+
+struct Torch {
+  const dlpack::ExchangeApi* api = nullptr;
+  PyObject* tensor_type = nullptr;
+  PyObject* parameter_type = nullptr;
+  PyObject* dispatch = nullptr;       // torch.Tensor.__torch_dispatch__
+  PyGetSetDef* grad = nullptr;        // torch.Tensor.grad
+};
+
+Torch torch;
+
+// Tensors, parameters and their plain subclasses lie where DLPack says. A subclass with a
+// __torch_dispatch__ of its own may be a wrapper around something else.
+bool is_exact(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == torch.parameter_type || type == torch.tensor_type;
+}
+
+bool is_plain(PyObject* object) {
+  if (is_exact(object)) return true;
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor_type))) return false;
+  py::handle dispatch = py::type::handle_of(object).attr("__torch_dispatch__");
+  return dispatch.ptr() == torch.dispatch;
+}
+
+}  // namespace
+
+void bind_torch(py::object tensor_type, py::object parameter_type) {
+  py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
+  if (api == nullptr) {
+    throw py::import_error("this torch offers no DLPack exchange API of major version 1");
+  }
+  torch.api = api;
+  torch.dispatch = py::object(tensor_type.attr("__torch_dispatch__")).release().ptr();
+  const py::object grad = tensor_type.attr("grad");
+  if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
+    torch.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  }
+  torch.tensor_type = tensor_type.release().ptr();
+  torch.parameter_type = parameter_type.release().ptr();
+}
+
+PyObject* read_grad(PyObject* param) {
+  // Asking the descriptor itself spares the look-up through the type's bases.
+  PyObject* grad = is_exact(param) && torch.grad != nullptr
+                       ? torch.grad->get(param, torch.grad->closure)
+                       : PyObject_GetAttrString(param, "grad");
+  if (grad == nullptr) throw py::error_already_set();
+  return grad;
+}
+
+Reading read_tensor(PyObject* object, View* view) {
+  if (!is_plain(object)) return Reading::kOther;
+  dlpack::Tensor t;
+  if (torch.api->view(object, &t) != 0) {  // sparse, meta, quantized, ...
+    PyErr_Clear();
+    return Reading::kOther;
+  }
+  if (t.device.type != dlpack::kCPU) return Reading::kDevice;
+  view->complex = t.dtype.code == dlpack::kComplex;
+  const int bits = view->complex ? t.dtype.bits / 2 : t.dtype.bits;
+  if (t.dtype.code == dlpack::kBFloat && bits == 16) {
+    view->dtype = DType::kBFloat16;
+  } else if (t.dtype.code == dlpack::kFloat || view->complex) {
+    if (bits == 32) {
+      view->dtype = DType::kFloat32;
+    } else if (bits == 64) {
+      view->dtype = DType::kFloat64;
+    } else if (bits == 16) {
+      view->dtype = DType::kFloat16;
+    } else {
+      return Reading::kDType;
+    }
+  } else {
+    return Reading::kDType;
+  }
+  view->data = static_cast<char*>(t.data) + t.byte_offset;
+  view->ndim = t.ndim;
+  view->size = t.shape;
+  view->stride = t.strides;
+  return Reading::kOk;
+}
+
+bool is_lazy(PyObject* tensor) {
+  const py::handle t(tensor);
+  return t.attr("is_conj")().cast<bool>() || t.attr("is_neg")().cast<bool>();
+}
+
+std::string shape_text(const View& view) {
+  std::string text = "(";
+  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.size[d]);
+  return text + ")";
+}
+
+}  // namespace fusedopt

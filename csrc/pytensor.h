@@ -1,0 +1,35 @@
+// A tensor's Python object, seen from C++.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "layout.h"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+// Connects to torch's DLPack exchange API. Once, before all else.
+void bind_torch(py::object tensor_type, py::object parameter_type);
+
+enum class Reading {
+  kOk,
+  kOther,   // not a plain dense tensor: sparse, quantized, a wrapper subclass, ...
+  kDevice,  // not on the CPU
+  kDType,   // not a floating-point or complex type that the kernels know
+};
+
+// Describes a tensor; valid while it is not changed.
+Reading read_tensor(PyObject* object, View* view);
+
+// A new reference to the parameter's gradient, or to None.
+PyObject* read_grad(PyObject* param);
+
+// True for a conjugated or negated view, whose memory holds other numbers than it stands for.
+bool is_lazy(PyObject* tensor);
+
+std::string shape_text(const View& view);
+
+}  // namespace fusedopt

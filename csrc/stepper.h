@@ -1,0 +1,591 @@
+// Reads an optimizer's groups, parameters, gradients and state into a Plan, and runs it. No math.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu.h"
+#include "layout.h"
+#include "overlap.h"
+#include "plan.h"
+#include "pytensor.h"
+#include "select.h"
+
+namespace fusedopt {
+
+// A group option that is a hyper-parameter: "betas.0" is element 0 of the option "betas".
+struct Option {
+  PyObject* key;
+  int element;
+};
+
+Option make_option(const char* name) {
+  const char* dot = std::strchr(name, '.');
+  const std::string key = dot == nullptr ? name : std::string(name, dot);
+  return {PyUnicode_InternFromString(key.c_str()), dot == nullptr ? -1 : std::atoi(dot + 1)};
+}
+
+// Reads an optimizer at every step. Of what it saw at the last one it trusts nothing that may have
+// changed since: parameters and gradients are looked at again. State is looked at again too,
+// unless nobody can have touched it: the `state` attribute has not been asked for since the last
+// step, and no one else holds a reference to its dicts and tensors or shares their memory.
+class Stepper {
+ public:
+  // `unshared(tensor)` says whether a tensor is the only one on its memory, and has neither weak
+  // references nor an exported storage.
+  Stepper(const std::string& family_name, py::object unshared) : unshared_(std::move(unshared)) {
+    for (const auto& entry : base::kFamilies) {
+      if (family_name == entry.family->name) {
+        family_ = entry.family;
+        first_rule_ = entry.first_rule;
+      }
+    }
+    if (family_ == nullptr) throw py::value_error("no rule family \"" + family_name + "\"");
+    for (const char* name : family_->hyper) {
+      if (name != nullptr) hyper_.push_back(make_option(name));
+    }
+    for (const char* name : family_->flags) {
+      if (name != nullptr) flags_.push_back(make_option(name));
+    }
+    for (const auto& state : family_->states) {
+      if (state.name != nullptr) state_names_.push_back(PyUnicode_InternFromString(state.name));
+    }
+  }
+
+  Stepper(const Stepper&) = delete;
+  Stepper& operator=(const Stepper&) = delete;
+
+  ~Stepper() {
+    release();
+    for (const Option& option : hyper_) Py_DECREF(option.key);
+    for (const Option& option : flags_) Py_DECREF(option.key);
+    for (PyObject* key : state_names_) Py_DECREF(key);
+  }
+
+  // Looks at everything and checks it. Nothing is written. Returns None when run() may follow, or
+  // (missing, fallback): `missing` lists (group, parameter, [state names]) of the state that has
+  // to be created, after which gather(created=true) must be called; `fallback` lists (group,
+  // parameter, reason) of what these kernels do not take and run() will leave alone.
+  // `attributes` is the optimizer's __dict__; `untouched` says that its state attribute has not
+  // been asked for since the last step.
+  py::object gather(const py::dict& attributes, bool untouched, bool created, double grad_scale) {
+    if (running_) throw std::runtime_error("step() of one optimizer runs in two threads at once");
+    release();
+    try {
+      PyObject* state = PyDict_GetItemString(attributes.ptr(), "state");
+      PyObject* groups = PyDict_GetItemString(attributes.ptr(), "param_groups");
+      if (state == nullptr || !PyDict_Check(state)) throw py::type_error("state is not a dict");
+      if (groups == nullptr || !PyList_Check(groups)) {
+        throw py::type_error("param_groups is not a list");
+      }
+      untouched_ = untouched && is_unreferenced(state);
+      created_ = created;
+      described_ = false;
+      groups_.clear();
+      state_items_.clear();
+      state_ = state;
+      if (!missing_.empty()) missing_ = py::list();
+      if (!fallback_.empty()) fallback_ = py::list();
+      entry_ = -1;
+      for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+        gather_group(int(g), PyList_GET_ITEM(groups, g), grad_scale);
+      }
+      find_overlaps();
+      if (overlaps_.any()) set_aside_overlaps();
+    } catch (...) {
+      release();
+      throw;
+    }
+    if (missing_.empty() && fallback_.empty()) return py::none();
+    return py::make_tuple(missing_, fallback_);
+  }
+
+  // Carries out what gather() found, and returns the parameters that were updated. With `stream`
+  // the rule is replaced by one that moves the same bytes and computes nothing of use: for
+  // benchmarks, on tensors that may be spoilt.
+  py::list run(int threads, bool stream) {
+    begin_.assign(1, 0);
+    tasks_.clear();
+    for (const Active& active : active_) {
+      Entry& entry = entries_[active.entry];
+      tasks_.push_back(&entry.task);
+      begin_.push_back(begin_.back() + entry.task.numel + kTaskOverhead);
+    }
+    if (stream) {
+      for (Group& group : groups_) group.rule = stream_rule(group.rule);
+    }
+    if (!tasks_.empty()) {
+      const Plan plan{groups_.data(), tasks_.data(), int64_t(tasks_.size()), begin_.data()};
+      running_ = true;
+      {
+        py::gil_scoped_release nogil;
+        if (family_->counts_steps) {
+          for (const Active& active : active_) entries_[active.entry].write_step();
+        }
+        cpu_run(plan, threads);
+      }
+      running_ = false;
+    }
+    py::list updated(active_.size());
+    for (size_t i = 0; i < active_.size(); ++i) {
+      Py_INCREF(active_[i].param);
+      PyList_SET_ITEM(updated.ptr(), Py_ssize_t(i), active_[i].param);
+    }
+    release();
+    return updated;
+  }
+
+ private:
+  // What is known of one parameter. The pointers to Python objects are borrowed and only ever
+  // compared, until they have been found again where they belong.
+  struct Entry {
+    PyObject* param = nullptr;
+    PyObject* state_dict = nullptr;
+    PyObject* states[kMaxStates] = {};
+    PyObject* step = nullptr;
+    int rule = -1;
+    bool known = false;     // described before, all in one shape: `shape` and `task` hold
+    bool unshared = false;  // its state's memory is its own
+    bool lacks_first = false;
+    const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,
+    const void* grad_sizes = nullptr;   // for prefetch()
+    Shape shape;
+    DType step_dtype = DType::kFloat32;
+    char* step_data = nullptr;
+    Task task;
+    std::unique_ptr<Layout[]> layouts;
+
+    double read_step() const {
+      return step_dtype == DType::kFloat64 ? *reinterpret_cast<const double*>(step_data)
+                                           : double(*reinterpret_cast<const float*>(step_data));
+    }
+    void write_step() const {
+      if (step_dtype == DType::kFloat64) {
+        *reinterpret_cast<double*>(step_data) = task.step;
+      } else {
+        *reinterpret_cast<float*>(step_data) = float(task.step);
+      }
+    }
+  };
+
+  // A parameter that takes part in this step.
+  struct Active {
+    int32_t entry;
+    int32_t group;
+    Py_ssize_t index;
+    PyObject* param;  // borrowed: its group owns it
+  };
+
+  // Where a parameter stands, for messages.
+  struct Place {
+    int group;
+    Py_ssize_t index;
+    PyObject* group_dict;
+  };
+
+  static bool is_unreferenced(PyObject* object) {
+#ifdef Py_GIL_DISABLED
+    (void)object;
+    return false;  // counts are split between threads
+#else
+    return Py_REFCNT(object) == 1;
+#endif
+  }
+
+  void release() {
+    for (PyObject* grad : grads_) Py_DECREF(grad);
+    grads_.clear();
+    active_.clear();
+  }
+
+  static std::string describe_place(const Place& place) {
+    std::string text = "parameter " + std::to_string(place.index) + " of group " +
+                       std::to_string(place.group);
+    PyObject* names = PyDict_GetItemString(place.group_dict, "param_names");
+    if (names != nullptr && PyList_Check(names) && place.index < PyList_GET_SIZE(names)) {
+      text += " (" + py::str(PyList_GET_ITEM(names, place.index)).cast<std::string>() + ")";
+    }
+    return text;
+  }
+
+  [[noreturn]] static void fail(const Place& place, const std::string& what) {
+    throw std::runtime_error(describe_place(place) + ": " + what);
+  }
+
+  // optimizer.state is keyed by tensors, and hashing one calls Python. Its iteration order hardly
+  // ever changes, so each parameter remembers where its entry was.
+  PyObject* state_of(PyObject* param) {
+    if (state_items_.empty()) {
+      Py_ssize_t position = 0;
+      PyObject *key, *value;
+      while (PyDict_Next(state_, &position, &key, &value)) state_items_.push_back({key, value});
+    }
+    if (size_t(entry_) >= state_hints_.size()) state_hints_.resize(entry_ + 1, 0);
+    size_t& hint = state_hints_[entry_];
+    if (hint < state_items_.size() && state_items_[hint].first == param) {
+      return state_items_[hint].second;
+    }
+    for (size_t i = 0; i < state_items_.size(); ++i) {
+      // Usually the neighbour of the last one found.
+      const size_t at = (last_hit_ + 1 + i) % state_items_.size();
+      if (state_items_[at].first == param) {
+        hint = last_hit_ = at;
+        return state_items_[at].second;
+      }
+    }
+    return nullptr;
+  }
+
+  static double number(PyObject* value, int group, PyObject* key) {
+    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+    const double number = PyFloat_AsDouble(value);  // an int, a bool, a one-element tensor
+    if (number == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::type_error("param group " + std::to_string(group) + ": " +
+                           py::str(key).cast<std::string>() + " is not a number: " +
+                           py::repr(value).cast<std::string>());
+    }
+    return number;
+  }
+
+  static bool truth(PyObject* dict, PyObject* key) {
+    PyObject* value = PyDict_GetItemWithError(dict, key);
+    return value != nullptr && value != Py_False && PyObject_IsTrue(value) == 1;
+  }
+
+  static double read_option(PyObject* dict, const Option& option, int group) {
+    PyObject* value = PyDict_GetItemWithError(dict, option.key);
+    if (value != nullptr && option.element < 0) return number(value, group, option.key);
+    if (value != nullptr && PySequence_Check(value) && PySequence_Size(value) > option.element) {
+      const auto item =
+          py::reinterpret_steal<py::object>(PySequence_GetItem(value, option.element));
+      return number(item.ptr(), group, option.key);
+    }
+    throw py::key_error("param group " + std::to_string(group) + " has no usable option " +
+                        py::repr(option.key).cast<std::string>());
+  }
+
+  void gather_group(int index, PyObject* dict, double grad_scale) {
+    static PyObject* const k_params = PyUnicode_InternFromString("params");
+    static PyObject* const k_maximize = PyUnicode_InternFromString("maximize");
+    static PyObject* const k_differentiable = PyUnicode_InternFromString("differentiable");
+    static PyObject* const k_capturable = PyUnicode_InternFromString("capturable");
+
+    Group group;
+    for (size_t i = 0; i < hyper_.size(); ++i) group.hyper[i] = read_option(dict, hyper_[i], index);
+    int variant = 0;
+    for (size_t i = 0; i < flags_.size(); ++i) {
+      if (read_option(dict, flags_[i], index) != 0) variant |= 1 << i;
+    }
+    group.rule = first_rule_ + variant;
+    group.grad_multiplier = (truth(dict, k_maximize) ? -1 : 1) / grad_scale;
+    groups_.push_back(group);
+
+    // The states of this variant, in the order in which the rule knows them.
+    n_states_ = 0;
+    for (size_t i = 0; i < state_names_.size(); ++i) {
+      const int flag = family_->states[i].flag;
+      if (flag < 0 || (variant >> flag & 1)) group_states_[n_states_++] = state_names_[i];
+    }
+
+    PyObject* params = PyDict_GetItemWithError(dict, k_params);
+    if (params == nullptr || !PyList_Check(params)) {
+      throw py::key_error("param group " + std::to_string(index) + " has no list \"params\"");
+    }
+    const char* reason = truth(dict, k_differentiable) ? "differentiable=True"
+                         : truth(dict, k_capturable)   ? "capturable=True"
+                                                       : nullptr;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+      prefetch(entry_ + 1 + kAhead);
+      if (size_t(++entry_) == entries_.size()) entries_.emplace_back();
+      gather_param({index, i, dict}, PyList_GET_ITEM(params, i), reason);
+    }
+  }
+
+  void gather_param(const Place& place, PyObject* param, const char* group_reason) {
+    PyObject* grad = read_grad(param);
+    if (grad == Py_None) return Py_DECREF(grad);
+    grads_.push_back(grad);  // keeps it alive until the step is over
+
+    Entry& entry = entries_[entry_];
+    if (group_reason != nullptr) return fall_back(place, group_reason);
+    if (!is_as_before(entry, param, grad)) {
+      described_ = true;
+      if (!describe_param(entry, place, param, grad)) return;
+    }
+    entry.task.group = place.group;
+    if (family_->counts_steps) entry.task.step = entry.read_step() + 1;
+    active_.push_back({entry_, place.group, place.index, param});
+  }
+
+  static constexpr int32_t kAhead = 8;
+
+  // The objects of a model lie all over memory: have a later parameter's on their way.
+  void prefetch(int32_t number) const {
+    if (size_t(number) >= entries_.size()) return;
+    const Entry& entry = entries_[number];
+    __builtin_prefetch(entry.param);
+    __builtin_prefetch(entry.state_dict);
+    __builtin_prefetch(entry.step);
+    for (int k = 0; k < n_states_; ++k) __builtin_prefetch(entry.states[k]);
+    for (const void* sizes : {entry.param_sizes, entry.grad_sizes}) {
+      const char* middle = static_cast<const char*>(sizes);
+      for (int line = -1; line <= 1; ++line) __builtin_prefetch(middle + line * 64);
+    }
+  }
+
+  void fall_back(const Place& place, const char* reason) {
+    fallback_.append(py::make_tuple(place.group, place.index, reason));
+  }
+
+  // The short way: everything is as it was but, perhaps, where parameter and gradient lie.
+  bool is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
+    if (!entry.known || entry.param != param || entry.rule != groups_.back().rule) return false;
+    if (entry.state_dict != nullptr) {
+      if (!untouched_ || !entry.unshared || !is_unreferenced(entry.state_dict)) return false;
+      for (int k = 0; k < n_states_; ++k) {
+        if (!is_unreferenced(entry.states[k])) return false;
+      }
+      if (entry.step != nullptr && !is_unreferenced(entry.step)) return false;
+    }
+    View p, g;
+    if (read_tensor(param, &p) != Reading::kOk || read_tensor(grad, &g) != Reading::kOk) {
+      return false;
+    }
+    if (!entry.shape.matches(p) || !entry.shape.matches(g) || p.complex || g.complex ||
+        p.dtype != entry.task.param.dtype) {
+      return false;
+    }
+    if (p.data != entry.task.param.data) described_ = true;  // it may overlap another one now
+    entry.param_sizes = p.size;
+    entry.grad_sizes = g.size;
+    entry.task.param.data = p.data;
+    entry.task.grad = {g.data, g.dtype, nullptr};
+    entry.task.first = false;
+    return true;
+  }
+
+  // The long way, without assumptions. False when the parameter takes no part in run().
+  bool describe_param(Entry& entry, const Place& place, PyObject* param, PyObject* grad) {
+    entry.known = false;
+    View p, g;
+    switch (read_tensor(param, &p)) {
+      case Reading::kOk: break;
+      case Reading::kOther:
+        return fall_back(place, "a parameter that is not a plain dense tensor"), false;
+      case Reading::kDevice:
+        return fall_back(place, "a parameter on another device than the CPU"), false;
+      case Reading::kDType: return fall_back(place, "a parameter of an unusual dtype"), false;
+    }
+    switch (read_tensor(grad, &g)) {
+      case Reading::kOk: break;
+      case Reading::kOther:
+        return fall_back(place, "a gradient that is not a plain dense tensor"), false;
+      case Reading::kDevice: fail(place, "its gradient is on another device");
+      case Reading::kDType: fail(place, "its gradient has an unusual dtype");
+    }
+    if (!same_shape(p, g)) {
+      fail(place, "its shape is " + shape_text(p) + ", its gradient's " + shape_text(g));
+    }
+    if (p.complex != g.complex) fail(place, "it and its gradient are not both complex");
+
+    View states[kMaxStates];
+    if (!describe_state(entry, place, param, p, states)) return false;
+
+    Task& task = entry.task;
+    task.numel = count(p) * (p.complex ? 2 : 1);
+    task.param = {p.data, p.dtype, nullptr};
+    task.grad = {g.data, g.dtype, nullptr};
+    bool plain = p.ndim > 0 && !p.complex && is_row_major(p) && is_row_major(g);
+    for (int k = 0; k < n_states_; ++k) {
+      task.state[k] = {states[k].data, states[k].dtype, nullptr};
+      plain = plain && is_row_major(states[k]);
+    }
+    if (!plain && !arrange(entry, param, p, states, grad, g)) {
+      return fall_back(place, "a parameter whose elements may overlap in memory"), false;
+    }
+
+    entry.param = param;
+    entry.rule = groups_.back().rule;
+    // A gradient with the parameter's own strides will then need no thought. (0-dim and complex
+    // ones always do: they may be lazily negated or conjugated.)
+    entry.known = p.ndim > 0 && !p.complex && entry.shape.remember(p) &&
+                  task.param.layout == nullptr;
+    for (int k = 0; k < n_states_; ++k) {
+      entry.known = entry.known && task.state[k].layout == nullptr;
+    }
+    entry.unshared = entry.known && untouched_ && entry.state_dict != nullptr && has_own_memory(entry);
+    return true;
+  }
+
+  bool has_own_memory(const Entry& entry) const {
+    bool own = entry.step == nullptr || unshared_(py::handle(entry.step)).cast<bool>();
+    for (int k = 0; k < n_states_; ++k) {
+      own = own && unshared_(py::handle(entry.states[k])).cast<bool>();
+    }
+    return own;
+  }
+
+  // Reads the parameter's state; false when some has to be created first.
+  bool describe_state(Entry& entry, const Place& place, PyObject* param, const View& p,
+                      View* states) {
+    static PyObject* const k_step = PyUnicode_InternFromString("step");
+    entry.state_dict = entry.step = nullptr;
+    entry.task.first = created_ && entry.lacks_first;
+    entry.lacks_first = false;
+    if (n_states_ == 0 && !family_->counts_steps) return true;
+
+    PyObject* dict = state_of(param);
+    if (dict != nullptr && !PyDict_Check(dict)) fail(place, "its state is not a dict");
+    py::list missing;
+    const auto find = [&](PyObject* name) {
+      PyObject* value = dict == nullptr ? nullptr : PyDict_GetItemWithError(dict, name);
+      if (value == nullptr || value == Py_None) missing.append(py::handle(name));
+      return value;
+    };
+    if (family_->counts_steps) entry.step = find(k_step);
+    for (int k = 0; k < n_states_; ++k) entry.states[k] = find(group_states_[k]);
+    if (!missing.empty()) {
+      entry.lacks_first = family_->first_writes_state;
+      missing_.append(py::make_tuple(place.group, place.index, missing));
+      return false;
+    }
+    entry.state_dict = dict;
+
+    for (int k = 0; k < n_states_; ++k) {
+      const auto name = [&] {
+        return "state[" + py::repr(group_states_[k]).cast<std::string>() + "]";
+      };
+      if (read_tensor(entry.states[k], &states[k]) != Reading::kOk) {
+        fail(place, name() + " is not a dense floating-point tensor on the CPU, as it is itself");
+      }
+      if (!same_shape(states[k], p)) {
+        fail(place, name() + " has the shape " + shape_text(states[k]) + ", not " + shape_text(p));
+      }
+      if (states[k].complex != p.complex) fail(place, "it and " + name() + " are not both complex");
+    }
+    if (entry.step != nullptr) {
+      View view;
+      if (read_tensor(entry.step, &view) != Reading::kOk || view.complex || count(view) != 1 ||
+          item_size(view.dtype) < 4) {
+        fail(place, "state['step'] is not a float32 or float64 tensor of one element on the CPU");
+      }
+      entry.step_data = view.data;
+      entry.step_dtype = view.dtype;
+    }
+    return true;
+  }
+
+  // The general case of layouts. False when elements of what is written may overlap.
+  bool arrange(Entry& entry, PyObject* param, const View& p, const View* states, PyObject* grad,
+               View g) {
+    if (!never_overlaps(p) || is_lazy(param)) return false;
+    Task& task = entry.task;
+    if (is_lazy(grad)) {
+      py::object resolved = py::handle(grad).attr("resolve_conj")().attr("resolve_neg")();
+      if (read_tensor(resolved.ptr(), &g) != Reading::kOk) return false;
+      grads_.push_back(resolved.release().ptr());
+      task.grad.data = g.data;
+    }
+    for (int k = 0; k < n_states_; ++k) {
+      if (!never_overlaps(states[k]) || is_lazy(entry.states[k])) return false;
+    }
+    if (task.numel == 0) return true;
+    if (entry.layouts == nullptr) entry.layouts = std::make_unique<Layout[]>(2 + kMaxStates);
+    Layout* layout = entry.layouts.get();
+    const Order order = memory_order(p);
+    if (describe(p, order, layout)) task.param.layout = layout;
+    if (describe(g, order, ++layout)) task.grad.layout = layout;
+    for (int k = 0; k < n_states_; ++k) {
+      if (describe(states[k], order, ++layout)) task.state[k].layout = layout;
+    }
+    return true;
+  }
+
+  static int64_t bytes(const Operand& operand, int64_t numel) {
+    const Layout* layout = operand.layout;
+    if (layout == nullptr) return numel * item_size(operand.dtype);
+    int64_t last = 0;
+    for (int d = 0; d < layout->ndim; ++d) last += (layout->size[d] - 1) * layout->stride[d];
+    return (last + 1) * item_size(operand.dtype);
+  }
+
+  void find_overlaps() {
+    const bool same = checked_.size() == active_.size() &&
+                      std::equal(checked_.begin(), checked_.end(), active_.begin(),
+                                 [](int32_t entry, const Active& a) { return entry == a.entry; });
+    if (same && !described_) return;
+    checked_.clear();
+    for (const Active& active : active_) checked_.push_back(active.entry);
+    overlaps_.clear();
+    for (const Active& active : active_) {
+      const Task& task = entries_[active.entry].task;
+      overlaps_.add(task.param.data, bytes(task.param, task.numel), active.entry);
+      const int n_states = states_of(groups_[active.group].rule);
+      for (int k = 0; k < n_states; ++k) {
+        overlaps_.add(task.state[k].data, bytes(task.state[k], task.numel), active.entry);
+      }
+    }
+    overlaps_.find(entry_ + 1);
+  }
+
+  // torch updates one parameter after the other, so it can take these.
+  void set_aside_overlaps() {
+    const auto overlaps = [&](const Active& active) {
+      if (!overlaps_.has(active.entry)) return false;
+      fallback_.append(py::make_tuple(active.group, active.index,
+                                      "parameters or state that share memory"));
+      return true;
+    };
+    active_.erase(std::remove_if(active_.begin(), active_.end(), overlaps), active_.end());
+  }
+
+  int states_of(int rule) const {
+    int states = 0;
+    for (const auto& state : family_->states) {
+      states += state.name != nullptr &&
+                (state.flag < 0 || ((rule - first_rule_) >> state.flag & 1));
+    }
+    return states;
+  }
+
+  int stream_rule(int rule) const { return base::kStreamRule + states_of(rule); }
+
+  const base::Family* family_ = nullptr;
+  int first_rule_ = 0;
+  std::vector<Option> hyper_, flags_;
+  std::vector<PyObject*> state_names_;
+  py::object unshared_;
+
+  std::vector<Entry> entries_;  // one per parameter, counted over all groups
+  std::vector<std::pair<PyObject*, PyObject*>> state_items_;
+  std::vector<size_t> state_hints_;
+  size_t last_hit_ = 0;
+  Overlaps overlaps_;
+  std::vector<int32_t> checked_;  // the entries whose overlaps are known
+
+  // Of the step being taken.
+  std::vector<Group> groups_;
+  std::vector<Active> active_;
+  std::vector<PyObject*> grads_;  // owned until the step is over
+  std::vector<const Task*> tasks_;
+  std::vector<int64_t> begin_;
+  py::list missing_, fallback_;
+  PyObject* state_ = nullptr;
+  bool untouched_ = false;
+  bool created_ = false;
+  bool described_ = false;  // something may lie elsewhere than before
+  bool running_ = false;
+
+  // Of the group and parameter being gathered.
+  int32_t entry_ = -1;
+  PyObject* group_states_[kMaxStates];
+  int n_states_ = 0;
+};
+
+}  // namespace fusedopt
