@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# -ffp-contract=off: no fused multiply-adds, so that every instruction set rounds alike (rules.h).
+# -ffp-contract=off: fused multiply-adds where rules.h asks for them and nowhere else, so that
+# every instruction set rounds alike.
 # -fno-math-errno, -fno-trapping-math: let sqrt and selects be vectorized; they leave results,
 # nan and inf among them, alone. (-ffast-math would not.)
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -36,7 +37,7 @@ KERNEL = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 X86_KERNELS = {
     "cpu_avx2.cpp": ["-mavx2", "-mfma"],
     "cpu_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         "-mprefer-vector-width=512",
     ],
 }
@@ -65,7 +66,15 @@ def compiles(compiler: list[str], flags: list[str], source: str) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def builds_x86_kernels(compiler: list[str]) -> bool:
+    """Whether there are kernels beside "base", for the processor to pick from when loaded."""
+    return platform.machine().lower() in ("x86_64", "amd64") and all(
+        compiles(compiler, flags, "int main() {}") for flags in X86_KERNELS.values()
+    )
+
+
 def ninja_quote(words: list[str]) -> str:
+    """A command line for a ninja file."""
     return shlex.join(words).replace("$", "$$")
 
 
@@ -73,6 +82,7 @@ class BuildExt(build_ext):
     """Writes build.ninja, runs it, and lets setuptools place the result."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link what changed."""
         compiler = find_compiler()
         if not compiles(compiler, [], "#include <type_traits>\nint main() {}"):
             sys.exit(f"fusedopt: {shlex.join(compiler)} cannot compile C++17.")
@@ -92,25 +102,34 @@ class BuildExt(build_ext):
             sys.exit("fusedopt: the extension did not compile; the compiler's words are above.")
 
     def ninja_file(self, compiler: list[str], include: str, target: Path) -> str:
+        """The text of build.ninja."""
         openmp = ["-fopenmp"]
         if not compiles(compiler, openmp, "#include <omp.h>\nint main() { omp_get_thread_num(); }"):
             print("fusedopt: no OpenMP in this compiler; steps will run on one thread.")
             openmp = []
-        x86 = platform.machine().lower() in ("x86_64", "amd64") and all(
-            compiles(compiler, flags, "int main() {}") for flags in X86_KERNELS.values()
-        )
+        x86 = builds_x86_kernels(compiler)
         print(f"fusedopt: kernels for {'base, avx2, avx512' if x86 else 'base'}")
 
-        sources = ["bind.cpp", "cpu.cpp", "layout.cpp", "overlap.cpp", "pytensor.cpp", "cpu_base.cpp", *(X86_KERNELS if x86 else [])]
+        kernels = {"cpu_base.cpp": [], **(X86_KERNELS if x86 else {})}
+        python = ["-isystem", include, "-isystem", pybind11.get_include()]
+        flags = {
+            **{source: python for source in ("bind.cpp", "pytensor.cpp")},
+            **{source: [] for source in ("cpu.cpp", "layout.cpp", "overlap.cpp")},
+            **{source: KERNEL + isa for source, isa in kernels.items()},
+        }
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         common = COMMON + openmp + (["-DFUSEDOPT_X86"] if x86 else []) + extra
-        python = ["-isystem", include, "-isystem", pybind11.get_include()]
-        link = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        link = (
+            ["-dynamiclib", "-undefined", "dynamic_lookup"]
+            if sys.platform == "darwin"
+            else ["-shared"]
+        )
         link += openmp + shlex.split(os.environ.get("LDFLAGS", ""))
 
         lines = [
             "ninja_required_version = 1.5",
-            f"rule compile\n  command = {ninja_quote(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
+            "rule compile",
+            f"  command = {ninja_quote(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
             f"rule link\n  command = {ninja_quote(compiler)} $in {ninja_quote(link)} -o $out",
             "  description = link $out",
@@ -119,18 +138,13 @@ class BuildExt(build_ext):
         def path(p: Path) -> str:
             return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
-        objects = []
-        for source in sources:
-            flags = list(common)
-            if source in ("bind.cpp", "pytensor.cpp"):
-                flags += python
-            elif source not in ("cpu.cpp", "layout.cpp", "overlap.cpp"):
-                flags += KERNEL + X86_KERNELS.get(source, [])
-            objects.append(source.replace(".cpp", ".o"))
-            lines.append(f"build {objects[-1]}: compile {path(ROOT / 'csrc' / source)}")
-            lines.append(f"  flags = {ninja_quote(flags)}")
+        objects = [str(Path(source).with_suffix(".o")) for source in flags]
+        for source, object_file in zip(flags, objects, strict=True):
+            lines.append(f"build {object_file}: compile {path(ROOT / 'csrc' / source)}")
+            lines.append(f"  flags = {ninja_quote(common + flags[source])}")
         lines.append(f"build {path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 
-setup(ext_modules=[Extension("fusedopt._C", sources=[])], cmdclass={"build_ext": BuildExt})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("fusedopt._C", sources=[])], cmdclass={"build_ext": BuildExt})

@@ -91,8 +91,7 @@ void cpu_run(const Plan& plan, int threads) {
     // stays with the thread, and on machines with several memories with the socket, it was on.
     const int64_t begin = length / parts * part + length % parts * part / parts;
     const int64_t end = length / parts * (part + 1) + length % parts * (part + 1) / parts;
-    const int64_t* const task =
-        std::upper_bound(plan.begin, plan.begin + plan.n_tasks, begin) - 1;
+    const int64_t* const task = std::upper_bound(plan.begin, plan.begin + plan.n_tasks, begin) - 1;
     update_range(plan, task - plan.begin, begin, end);
   };
 #ifdef _OPENMP

@@ -68,9 +68,8 @@ Order memory_order(const View& parameter) {
   for (int d = 0; d < parameter.ndim; ++d) {
     if (parameter.size[d] != 1) order.dim[order.ndim++] = d;
   }
-  std::stable_sort(order.dim, order.dim + order.ndim, [&](int a, int b) {
-    return stride_of(parameter, a) > stride_of(parameter, b);
-  });
+  std::stable_sort(order.dim, order.dim + order.ndim,
+                   [&](int a, int b) { return stride_of(parameter, a) > stride_of(parameter, b); });
   return order;
 }
 

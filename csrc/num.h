@@ -89,6 +89,25 @@ FUSEDOPT_HD inline Float16 narrow(double x, Float16 to) { return narrow(float(x)
 FUSEDOPT_HD inline float square_root(float x) { return __builtin_sqrtf(x); }
 FUSEDOPT_HD inline double square_root(double x) { return __builtin_sqrt(x); }
 
+// a * b + c, rounded once where the processor can (x86 from AVX2 on, ARM, every GPU): there all
+// give the same bits, and stock torch's kernels round so too. The oldest x86 rounds twice.
+#if defined(__FMA__) || defined(__CUDACC__) || defined(__aarch64__)
+FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FUSEDOPT_HD inline double multiply_add(double a, double b, double c) {
+  return __builtin_fma(a, b, c);
+}
+#else
+FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return a * b + c; }
+FUSEDOPT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
+#endif
+
+// from + weight * (to - from), as torch.lerp: exact at both ends.
+template <class T>
+FUSEDOPT_HD inline T interpolate(T from, T to, T weight) {
+  return weight < T(0.5) ? multiply_add(weight, to - from, from)
+                         : multiply_add(weight - 1, to - from, to);
+}
+
 // As torch.maximum: a nan on either side wins.
 template <class T>
 FUSEDOPT_HD inline T maximum(T a, T b) {

@@ -37,7 +37,7 @@ struct Task {
   Operand grad;
   Operand state[kMaxStates];
   int64_t numel = 0;
-  double step = 0;     // 1 at the first update
+  double step = 0;  // 1 at the first update
   int32_t group = 0;
   bool first = false;  // state[0] has never been written (SGD's momentum buffer)
 };

@@ -9,8 +9,8 @@ struct Torch {
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
-  PyObject* dispatch = nullptr;       // torch.Tensor.__torch_dispatch__
-  PyGetSetDef* grad = nullptr;        // torch.Tensor.grad
+  PyObject* dispatch = nullptr;  // torch.Tensor.__torch_dispatch__
+  PyGetSetDef* grad = nullptr;   // torch.Tensor.grad
 };
 
 Torch torch;

@@ -11,9 +11,10 @@
 // weight on its way to memory happens afterwards (store.h). No rule knows of data types, layouts,
 // threads or devices.
 //
-// The build forbids the compiler to contract a * b + c into a fused multiply-add: with the
-// multiplications and additions rounded one by one, division and square root being exact to the
-// last bit everywhere, each rule gives the same bits on every instruction set.
+// The build forbids the compiler to contract a * b + c into a fused multiply-add by itself; the
+// rules say where one rounding is meant (multiply_add), mostly where stock torch's kernels have
+// it. Division and square root round correctly everywhere. So a rule gives the same bits on every
+// processor that has the instruction.
 #pragma once
 
 #include <math.h>
@@ -36,20 +37,17 @@ struct Family {
   const char* hyper[8];
   const char* flags[2];
   StateInfo states[3];
-  bool counts_steps;          // keeps state["step"]
-  bool first_writes_state;    // a missing state[0] is written, not read, by the first update
+  bool counts_steps;        // keeps state["step"]
+  bool first_writes_state;  // a missing state[0] is written, not read, by the first update
 };
 
 // Adam: Kingma & Ba 2015, Algorithm 1. AdamW: Loshchilov & Hutter 2019, Algorithm 2, which decays
 // the weight itself ("decoupled") where Adam adds the decay to the gradient.
 // AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
 constexpr Family kAdamFamily = {
-    "adam",
-    {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay"},
-    {"amsgrad"},
-    {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
-    true,
-    false};
+    "adam",      {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay"},
+    {"amsgrad"}, {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
+    true,        false};
 
 template <class T, bool kAmsgrad>
 struct Adam {
@@ -77,10 +75,10 @@ struct Adam {
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (coupled) g += l2 * p;
+    if (coupled) g = multiply_add(l2, p, g);
     p *= keep;
-    s[0] += one_minus_beta1 * (g - s[0]);
-    s[1] = beta2 * s[1] + one_minus_beta2 * (g * g);
+    s[0] = interpolate(s[0], g, one_minus_beta1);
+    s[1] = multiply_add(one_minus_beta2 * g, g, beta2 * s[1]);
     T v = s[1];
     if constexpr (kAmsgrad) v = s[2] = maximum(s[2], v);
     p -= step_size * s[0] / (square_root(v) + eps);
@@ -90,40 +88,37 @@ struct Adam {
 // SGD with momentum as Sutskever et al. 2013, in torch's form: the buffer starts as the first
 // gradient, undampened, and the learning rate multiplies it at every step. With dampening equal
 // to momentum it is the exponentially weighted average s_t = b s_(t-1) + (1 - b) g_t, s_1 = g_1.
-constexpr Family kSgdFamily = {"sgd",
-                               {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
-                               {"momentum"},
-                               {{"momentum_buffer", 0}},
-                               false,
-                               true};
+constexpr Family kSgdFamily = {
+    "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
+    {"momentum"}, {{"momentum_buffer", 0}},
+    false,        true};
 
 template <class T, bool kMomentum>
 struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
 
   T lr, momentum, gain, l2;
-  bool decay, nesterov;
+  bool decay, nesterov, first;
 
-  FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool first) {
+  FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool is_first) {
     lr = T(h[0]);
     momentum = T(h[1]);
-    gain = T(first ? 1 : 1 - h[2]);
+    gain = T(1 - h[2]);
     l2 = T(h[3]);
     decay = h[3] != 0;
     nesterov = h[4] != 0;
-    is_first = first;
+    first = is_first;
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g += l2 * p;
+    if (decay) g = multiply_add(l2, p, g);
     if constexpr (kMomentum) {
-      s[0] = is_first ? g : momentum * s[0] + gain * g;  // before the first, s[0] is not a number
-      g = nesterov ? g + momentum * s[0] : s[0];
+      // Before the first update s[0] is whatever the memory held.
+      s[0] = first ? g : multiply_add(gain, g, momentum * s[0]);
+      g = nesterov ? multiply_add(momentum, s[0], g) : s[0];
     }
-    p -= lr * g;
+    p = multiply_add(-lr, g, p);
   }
-
-  bool is_first;
 };
 
 // RMSprop: Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, equations 38 to 45.
@@ -154,17 +149,17 @@ struct Rmsprop {
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g += l2 * p;
-    s[0] = alpha * s[0] + one_minus_alpha * (g * g);
+    if (decay) g = multiply_add(l2, p, g);
+    s[0] = multiply_add(one_minus_alpha * g, g, alpha * s[0]);
     T v = s[0];
     if constexpr (kCentered) {
-      s[kGradAvg] += one_minus_alpha * (g - s[kGradAvg]);
-      v -= s[kGradAvg] * s[kGradAvg];
+      s[kGradAvg] = interpolate(s[kGradAvg], g, one_minus_alpha);
+      v = multiply_add(-s[kGradAvg], s[kGradAvg], v);
     }
     const T denominator = square_root(v) + eps;
     if constexpr (kMomentum) {
       s[1] = momentum * s[1] + g / denominator;
-      p -= lr * s[1];
+      p = multiply_add(-lr, s[1], p);
     } else {
       p -= lr * g / denominator;
     }
@@ -173,12 +168,8 @@ struct Rmsprop {
 
 // Adagrad: Duchi, Hazan & Singer 2011, the diagonal form of figure 1. The learning rate decays as
 // lr / (1 + lr_decay (t - 1)).
-constexpr Family kAdagradFamily = {"adagrad",
-                                   {"lr", "lr_decay", "eps", "weight_decay"},
-                                   {},
-                                   {{"sum", -1}},
-                                   true,
-                                   false};
+constexpr Family kAdagradFamily = {
+    "adagrad", {"lr", "lr_decay", "eps", "weight_decay"}, {}, {{"sum", -1}}, true, false};
 
 template <class T>
 struct Adagrad {
@@ -195,8 +186,8 @@ struct Adagrad {
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g += l2 * p;
-    s[0] += g * g;
+    if (decay) g = multiply_add(l2, p, g);
+    s[0] = multiply_add(g, g, s[0]);
     p -= lr * g / (square_root(s[0]) + eps);
   }
 };

@@ -204,8 +204,8 @@ class Stepper {
   }
 
   static std::string describe_place(const Place& place) {
-    std::string text = "parameter " + std::to_string(place.index) + " of group " +
-                       std::to_string(place.group);
+    std::string text =
+        "parameter " + std::to_string(place.index) + " of group " + std::to_string(place.group);
     PyObject* names = PyDict_GetItemString(place.group_dict, "param_names");
     if (names != nullptr && PyList_Check(names) && place.index < PyList_GET_SIZE(names)) {
       text += " (" + py::str(PyList_GET_ITEM(names, place.index)).cast<std::string>() + ")";
@@ -247,8 +247,8 @@ class Stepper {
     if (number == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
       throw py::type_error("param group " + std::to_string(group) + ": " +
-                           py::str(key).cast<std::string>() + " is not a number: " +
-                           py::repr(value).cast<std::string>());
+                           py::str(key).cast<std::string>() +
+                           " is not a number: " + py::repr(value).cast<std::string>());
     }
     return number;
   }
@@ -414,12 +414,13 @@ class Stepper {
     entry.rule = groups_.back().rule;
     // A gradient with the parameter's own strides will then need no thought. (0-dim and complex
     // ones always do: they may be lazily negated or conjugated.)
-    entry.known = p.ndim > 0 && !p.complex && entry.shape.remember(p) &&
-                  task.param.layout == nullptr;
+    entry.known =
+        p.ndim > 0 && !p.complex && entry.shape.remember(p) && task.param.layout == nullptr;
     for (int k = 0; k < n_states_; ++k) {
       entry.known = entry.known && task.state[k].layout == nullptr;
     }
-    entry.unshared = entry.known && untouched_ && entry.state_dict != nullptr && has_own_memory(entry);
+    entry.unshared =
+        entry.known && untouched_ && entry.state_dict != nullptr && has_own_memory(entry);
     return true;
   }
 
@@ -538,8 +539,8 @@ class Stepper {
   void set_aside_overlaps() {
     const auto overlaps = [&](const Active& active) {
       if (!overlaps_.has(active.entry)) return false;
-      fallback_.append(py::make_tuple(active.group, active.index,
-                                      "parameters or state that share memory"));
+      fallback_.append(
+          py::make_tuple(active.group, active.index, "parameters or state that share memory"));
       return true;
     };
     active_.erase(std::remove_if(active_.begin(), active_.end(), overlaps), active_.end());
@@ -548,8 +549,8 @@ class Stepper {
   int states_of(int rule) const {
     int states = 0;
     for (const auto& state : family_->states) {
-      states += state.name != nullptr &&
-                (state.flag < 0 || ((rule - first_rule_) >> state.flag & 1));
+      states +=
+          state.name != nullptr && (state.flag < 0 || ((rule - first_rule_) >> state.flag & 1));
     }
     return states;
   }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar, overload
 
@@ -68,14 +69,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Whoever asks for the state may change it, by hand and in any way, so the next step has to
     # look at all of it again; while nobody asks, it need not (csrc/stepper.h).
     @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The optimizer's state: for each parameter, a dict of its tensors."""
         self.__dict__["_state_touched"] = True
-        state: dict[Tensor, Any] = self.__dict__["state"]
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
         return state
 
     @state.setter
-    def state(self, value: dict[Tensor, Any]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.__dict__["_state_touched"] = True
         self.__dict__["state"] = value
 
@@ -85,7 +86,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.compiler.disable  # the extension reads raw memory: nothing in here can be traced
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # the extension reads raw memory: nothing in here can be traced
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
@@ -177,7 +178,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_dtype(group: dict[str, Any]) -> torch.dtype:
         # As stock: fused optimizers count in float32, the others in the default dtype.
         default = torch.get_default_dtype()
-        return torch.float64 if default == torch.float64 and not group.get("fused") else torch.float32
+        return (
+            torch.float64 if default == torch.float64 and not group.get("fused") else torch.float32
+        )
 
     def _new_state(self, param: Tensor, name: str) -> Tensor:
         return torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -201,17 +204,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = self._stock.step
         while getattr(step, "hooked", False):  # the hooks run once, around our own step
             step = step.__wrapped__  # type: ignore[attr-defined]
-        groups = self.param_groups
-        scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__}
+        attributes: dict[str, Any] = self.__dict__
+        names = ("param_groups", "grad_scale", "found_inf")
+        saved = {name: attributes.pop(name) for name in names if name in attributes}
         self.param_groups = [
-            {**group, "params": chosen.get(i, [])} | ({"fused": False} if group.get("fused") else {})
-            for i, group in enumerate(groups)
+            {**group, "params": chosen.get(i, []), **({"fused": False} if "fused" in group else {})}
+            for i, group in enumerate(saved["param_groups"])
         ]
         try:
             step(self)
         finally:
-            self.param_groups = groups
-            self.__dict__.update(scaler)
+            attributes.update(saved)
 
     def _warn_of(self, fallback: _Fallback) -> None:
         if self.__dict__.get("_warned"):

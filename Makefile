@@ -1,0 +1,55 @@
+# Everything below works on a fresh clone; each verb first makes what it needs.
+#
+#   make demo       train a network with stock AdamW and with ours, and compare (writes demo.png)
+#   make test       all tests
+#   make bench      measure against torch and DeepSpeed (writes build/bench.json and a table)
+#   make lint       ruff, mypy, clang-format
+#   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
+#   make wheel      build/dist/*.whl and the source archive
+#   make clean      remove all that make has made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+
+.PHONY: demo test bench lint sanitize wheel clean build
+
+demo: build
+	$(BIN)/python examples/digits.py --plot demo.png
+
+test: build
+	$(BIN)/python -m pytest
+
+bench: build
+	mkdir -p build
+	$(BIN)/python benchmarks/bench.py --json build/bench.json
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.inl tests/*.cpp
+
+sanitize: build
+	$(BIN)/python -m pytest tests/test_core.py -m sanitize
+
+wheel: build
+	$(PIP) build
+	$(BIN)/python -m build -o build/dist
+
+build: $(VENV)/built
+
+# The build itself runs isolated from the environment, as for any user: it needs no torch.
+$(VENV)/built: $(SOURCES) $(VENV)/installed
+	$(PIP) --no-deps -e .
+	touch $@
+
+$(VENV)/installed: constraints.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fusedopt/*.so demo.png

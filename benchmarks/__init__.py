@@ -1,0 +1,1 @@
+"""How fast a step is: against stock torch, against DeepSpeed and against the memory itself."""

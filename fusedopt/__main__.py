@@ -1,0 +1,37 @@
+"""``python -m fusedopt info``: what this installation is and can do."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+import fusedopt
+from fusedopt.optimizer import build_info
+
+
+def info() -> str:
+    """Versions, instruction set, threads and CUDA, one to a line."""
+    lines = {
+        "fusedopt": fusedopt.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        **build_info(),
+    }
+    return "\n".join(f"{name:16} {value}" for name, value in lines.items())
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    commands.add_parser("info", help="versions, instruction set, threads, CUDA").set_defaults(
+        run=lambda: print(info())
+    )
+    parser.parse_args().run()
+
+
+if __name__ == "__main__":
+    main()

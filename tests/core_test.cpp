@@ -1,0 +1,336 @@
+// Tests of the C++ core without Python: every rule on every instruction set, data type, tail,
+// layout and number of threads, on heap blocks of exactly the right size, so that a sanitizer sees
+// any step outside. Prints what failed, or a count of the checks.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu.h"
+#include "layout.h"
+#include "overlap.h"
+#include "plan.h"
+#include "store.h"
+
+using namespace fusedopt;
+
+namespace {
+
+int checks = 0;
+int failures = 0;
+
+void check(bool ok, const char* what, int a = 0, int b = 0, int64_t c = 0) {
+  ++checks;
+  if (ok) return;
+  if (++failures < 20) std::printf("failed: %s (%d, %d, %lld)\n", what, a, b, (long long)c);
+}
+
+using Kernel = decltype(&base::update_range);
+
+struct Isa {
+  const char* name;
+  Kernel kernel;
+};
+
+std::vector<Isa> isas() {
+  std::vector<Isa> list = {{"base", base::update_range}};
+#ifdef FUSEDOPT_X86
+  if (std::strstr(cpu_isas(), "avx2")) list.push_back({"avx2", avx2::update_range});
+  if (std::strstr(cpu_isas(), "avx512")) list.push_back({"avx512", avx512::update_range});
+#endif
+  return list;
+}
+
+constexpr int kRules = 9;
+constexpr int kOperands = 2 + kMaxStates;
+
+// A tensor in its own heap block; with a stride, garbage lies between the elements.
+struct Tensor {
+  DType dtype;
+  int64_t numel;
+  int64_t stride;
+  std::unique_ptr<char[]> block;
+  Layout layout;
+
+  Tensor(DType dtype, int64_t numel, int64_t stride) : dtype(dtype), numel(numel), stride(stride) {
+    block = std::make_unique<char[]>(bytes());
+    std::memset(block.get(), 0x5a, bytes());
+    layout.ndim = 1;
+    layout.size[0] = numel;
+    layout.stride[0] = stride;
+  }
+  Tensor(const Tensor& other) : Tensor(other.dtype, other.numel, other.stride) {
+    std::memcpy(block.get(), other.block.get(), bytes());
+  }
+
+  size_t bytes() const { return numel == 0 ? 0 : ((numel - 1) * stride + 1) * item_size(dtype); }
+  char* at(int64_t i) const { return block.get() + i * stride * item_size(dtype); }
+
+  void set(int64_t i, double value) {
+    switch (dtype) {
+      case DType::kFloat32: return base::store(value, *reinterpret_cast<float*>(at(i)));
+      case DType::kFloat64: return base::store(value, *reinterpret_cast<double*>(at(i)));
+      case DType::kBFloat16: return base::store(value, *reinterpret_cast<base::BFloat16*>(at(i)));
+      case DType::kFloat16: return base::store(value, *reinterpret_cast<base::Float16*>(at(i)));
+    }
+  }
+  double get(int64_t i) const {
+    switch (dtype) {
+      case DType::kFloat32: return base::load<double>(*reinterpret_cast<float*>(at(i)));
+      case DType::kFloat64: return base::load<double>(*reinterpret_cast<double*>(at(i)));
+      case DType::kBFloat16: return base::load<double>(*reinterpret_cast<base::BFloat16*>(at(i)));
+      case DType::kFloat16: return base::load<double>(*reinterpret_cast<base::Float16*>(at(i)));
+    }
+    return 0;
+  }
+  Operand operand() const { return {block.get(), dtype, stride == 1 ? nullptr : &layout}; }
+};
+
+// A few parameters with what belongs to them.
+using Model = std::vector<std::vector<Tensor>>;
+
+Model make_model(const std::vector<int64_t>& sizes, DType param, DType state, int64_t stride) {
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal;
+  Model model;
+  for (int64_t n : sizes) {
+    std::vector<Tensor> tensors;
+    for (int k = 0; k < kOperands; ++k) {
+      tensors.emplace_back(k < 2 ? param : state, n, k == 1 ? 1 : stride);
+      for (int64_t i = 0; i < n; ++i) {
+        const double x = normal(random);
+        // Second moments are positive, and larger than a squared mean.
+        tensors.back().set(i, k < 2 ? x : k == 2 ? 2 + x * x : 0.3 + 0.05 * x * x);
+      }
+    }
+    model.push_back(std::move(tensors));
+  }
+  return model;
+}
+
+void update(const Model& model, int rule, double multiplier, int parts, Kernel kernel) {
+  Group group;
+  group.rule = rule;
+  const double hyper[kMaxHypers] = {0.01, 0.9, 0.1, 1e-6, 0.5, 0};
+  std::copy(hyper, hyper + kMaxHypers, group.hyper);
+  group.grad_multiplier = multiplier;
+  std::vector<Task> tasks(model.size());
+  std::vector<const Task*> pointers;
+  std::vector<int64_t> begin = {0};
+  for (size_t i = 0; i < model.size(); ++i) {
+    Task& task = tasks[i];
+    task.param = model[i][0].operand();
+    task.grad = model[i][1].operand();
+    for (int k = 0; k < kMaxStates; ++k) task.state[k] = model[i][2 + k].operand();
+    task.numel = model[i][0].numel;
+    task.step = 3 + double(i % 2);
+    task.first = i % 3 == 2;
+    pointers.push_back(&task);
+    begin.push_back(begin.back() + task.numel + kTaskOverhead);
+  }
+  const Plan plan{&group, pointers.data(), int64_t(tasks.size()), begin.data()};
+  if (kernel == nullptr) return cpu_run(plan, parts);
+  for (int part = 0; part < parts; ++part) {
+    const int64_t from = begin.back() * part / parts, to = begin.back() * (part + 1) / parts;
+    int64_t first = 0;
+    while (begin[first + 1] <= from) ++first;
+    kernel(plan, first, from, to);
+  }
+}
+
+bool same_bits(const Model& a, const Model& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (int k = 0; k < kOperands; ++k) {
+      if (std::memcmp(a[i][k].block.get(), b[i][k].block.get(), a[i][k].bytes()) != 0) return false;
+    }
+  }
+  return true;
+}
+
+// The values agree to `tolerance`, relative to one.
+bool close(const Model& a, const Model& b, double tolerance) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (int k = 0; k < kOperands; ++k) {
+      for (int64_t j = 0; j < a[i][k].numel; ++j) {
+        const double x = a[i][k].get(j), y = b[i][k].get(j);
+        if (!(std::fabs(x - y) <= tolerance * (1 + std::fabs(y)))) return false;
+      }
+    }
+  }
+  return true;
+}
+
+void test_kernels() {
+  const std::vector<int64_t> sizes = {0, 1, 3, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1100};
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (DType param : dtypes) {
+      for (DType state : {param, DType::kFloat32}) {
+        for (double multiplier : {1.0, -0.5}) {
+          const Model start = make_model(sizes, param, state, 1);
+          Model reference = start;
+          update(reference, rule, multiplier, 1, base::update_range);
+          check(!same_bits(start, reference), "the kernel does something", rule, int(param));
+          const Model* fused = nullptr;
+          std::vector<Model> results;
+          results.reserve(4);
+          for (const Isa& isa : isas()) {
+            for (int parts : {1, 2, 7}) {
+              Model model = start;
+              update(model, rule, multiplier, parts, isa.kernel);
+              if (isa.kernel == base::update_range) {
+                check(same_bits(model, reference), "any number of parts", rule, int(param), parts);
+                continue;
+              }
+              // One rounding where base has two: half a unit of the coarser format, at most.
+              const double unit = param == DType::kFloat64 && state == param ? 1e-14
+                                  : param == DType::kBFloat16                ? 1e-2
+                                  : param == DType::kFloat16                 ? 1e-3
+                                                                             : 1e-5;
+              check(close(model, reference, unit), isa.name, rule, int(param), parts);
+              if (fused == nullptr) {
+                results.push_back(model);
+                fused = &results.back();
+              }
+              check(same_bits(model, *fused), "avx2 and avx512 agree", rule, int(param), parts);
+            }
+          }
+          // With gaps between the elements: the same values, and the gaps untouched.
+          Model strided = make_model(sizes, param, state, 3);
+          update(strided, rule, multiplier, 2, base::update_range);
+          check(close(strided, reference, 0), "strided", rule, int(param));
+          for (const auto& tensors : strided) {
+            for (const Tensor& tensor : tensors) {
+              for (int64_t i = 0; tensor.stride > 1 && i + 1 < tensor.numel; ++i) {
+                for (char* gap = tensor.at(i) + item_size(tensor.dtype); gap < tensor.at(i + 1);
+                     ++gap) {
+                  check(*gap == 0x5a, "the gaps are untouched", rule, int(param), i);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void test_threads() {
+  const std::vector<int64_t> sizes = {100000, 3, 0, 70001, 1};
+  const Model start = make_model(sizes, DType::kFloat32, DType::kFloat32, 1);
+  Model reference = start;
+  update(reference, 0, 1, 1, nullptr);
+  for (int threads : {2, 3, 8}) {
+    Model model = start;
+    update(model, 0, 1, threads, nullptr);
+    check(same_bits(model, reference), "any number of threads", threads);
+  }
+}
+
+void test_half() {
+#ifdef __FLT16_MAX__
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const base::Float16 half{uint16_t(bits)};
+    _Float16 native;
+    std::memcpy(&native, &half, 2);
+    const float wide = base::widen(half);
+    check(wide == float(native) || (wide != wide && native != native), "widen", int(bits));
+    // The value itself, its neighbours in float, and the ties between halves.
+    uint32_t word;
+    std::memcpy(&word, &wide, 4);
+    for (int delta : {-4097, -4096, -4095, -1, 0, 1, 4095, 4096, 4097}) {
+      const uint32_t near = word + delta;
+      float x;
+      std::memcpy(&x, &near, 4);
+      const base::Float16 mine = base::narrow(x, base::Float16{});
+      const _Float16 theirs = _Float16(x);
+      check(x != x ? base::widen(mine) != base::widen(mine) : !std::memcmp(&mine, &theirs, 2),
+            "narrow to float16", int(bits), delta);
+    }
+  }
+#endif
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const float x = base::widen(base::BFloat16{uint16_t(bits)});
+    if (x != x) continue;
+    check(base::narrow(x, base::BFloat16{}).bits == bits, "bfloat16 round trip", int(bits));
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    if ((bits & 0x7f80) == 0x7f80) continue;
+    const auto rounded = [&](uint32_t low) {
+      const uint32_t near = word | low;
+      float y;
+      std::memcpy(&y, &near, 4);
+      return base::narrow(y, base::BFloat16{}).bits;
+    };
+    check(rounded(0x7fff) == bits, "bfloat16 rounds down", int(bits));
+    check(rounded(0x8001) == bits + 1, "bfloat16 rounds up", int(bits));
+    check(rounded(0x8000) == bits + (bits & 1), "bfloat16 ties go to even", int(bits));
+  }
+  const float nan = std::nanf("");
+  check(base::narrow(nan, base::BFloat16{}).bits == 0x7fc0, "bfloat16 nan");
+  check((base::narrow(nan, base::Float16{}).bits & 0x7fff) == 0x7e00, "float16 nan");
+}
+
+void test_layout() {
+  const int64_t size[] = {2, 3, 4};
+  const int64_t rows[] = {12, 4, 1}, turned[] = {1, 2, 6}, gaps[] = {24, 8, 2}, flat[] = {0, 4, 1};
+  const auto view = [&](const int64_t* stride) {
+    return View{nullptr, DType::kFloat32, false, 3, size, stride};
+  };
+  check(is_row_major(view(rows)) && is_row_major(view(nullptr)), "row-major");
+  check(!is_row_major(view(turned)), "not row-major");
+  check(never_overlaps(view(rows)) && never_overlaps(view(turned)) && never_overlaps(view(gaps)),
+        "no overlap");
+  check(!never_overlaps(view(flat)), "a stride of zero overlaps");
+  Layout layout;
+  check(!describe(view(rows), memory_order(view(rows)), &layout), "rows are plain");
+  check(!describe(view(turned), memory_order(view(turned)), &layout), "turned ones, too");
+  check(describe(view(gaps), memory_order(view(gaps)), &layout) && layout.ndim == 1 &&
+            layout.size[0] == 24 && layout.stride[0] == 2,
+        "gaps fold into one dimension");
+  check(describe(view(rows), memory_order(view(turned)), &layout) && layout.ndim == 3,
+        "rows in another's order");
+  check(describe(view(flat), memory_order(view(rows)), &layout) && layout.stride[0] == 0,
+        "an expanded gradient");
+  View complex = view(turned);
+  complex.complex = true;
+  check(!describe(complex, memory_order(complex), &layout), "complex is plain");
+  check(describe(complex, memory_order(view(rows)), &layout) && layout.size[layout.ndim - 1] == 2,
+        "complex in another order keeps its pairs");
+}
+
+void test_overlap() {
+  const char memory[100] = {};
+  Overlaps overlaps;
+  overlaps.add(memory, 10, 0);
+  overlaps.add(memory + 10, 10, 1);
+  overlaps.find(3);
+  check(!overlaps.any(), "neighbours do not overlap");
+  overlaps.add(memory + 15, 50, 2);
+  overlaps.find(3);
+  check(overlaps.any() && !overlaps.has(0) && overlaps.has(1) && overlaps.has(2), "overlap");
+  overlaps.clear();
+  overlaps.add(memory, 100, 0);
+  overlaps.add(memory + 10, 1, 1);
+  overlaps.add(memory + 50, 1, 2);
+  overlaps.find(3);
+  check(overlaps.has(0) && overlaps.has(1) && overlaps.has(2), "one within another");
+  overlaps.clear();
+  overlaps.add(memory, 0, 0);
+  overlaps.find(3);
+  check(!overlaps.any(), "empty tensors do not overlap");
+}
+
+}  // namespace
+
+int main() {
+  test_kernels();
+  test_threads();
+  test_half();
+  test_layout();
+  test_overlap();
+  std::printf("%d passed, %d failed (%s)\n", checks - failures, failures, cpu_isas());
+  return failures != 0;
+}

@@ -1,0 +1,151 @@
+"""What the tests of drop-in behaviour share: small models, and the same run by ours and by stock."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+# One row for each class; what its options do to the numbers is tested over cases.CASES.
+CLASSES = [
+    Case("Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("SGD", {"lr": 0.1, "momentum": 0.9}),
+    Case("RMSprop", {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    Case("Momentum", {"lr": 0.1, "dampening": 0.9}),
+]
+
+SHAPES = [(4, 3), (17,), (), (2, 3, 2, 2)]
+
+
+def table(name: str, rows: dict[str, Any]) -> pytest.MarkDecorator:
+    """Parametrize by a dict of named rows."""
+    return pytest.mark.parametrize(name, rows.values(), ids=rows.keys())
+
+
+every_class = table("case", {case.name: case for case in CLASSES})
+
+
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
+    return (torch.view_as_complex(parts) if dtype.is_complex else parts[..., 0]).to(dtype)
+
+
+def make_params(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[Parameter]:
+    return [Parameter(random_tensor(shape, dtype, seed)) for seed, shape in enumerate(shapes)]
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def set_grads(
+    params: Sequence[Tensor], step: int, wanted: Callable[[int, int], bool] = lambda *_: True
+) -> None:
+    """The gradients of a step: the same for every model, whatever its history.
+
+    ``wanted(step, index)`` says whether a parameter gets one.
+    """
+    for index, param in enumerate(params):
+        grad = random_tensor(param.shape, param.dtype, 1000 * (step + 1) + index)
+        param.grad = grad.to(param.device) if wanted(step, index) else None
+
+
+def values_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Copies of all that a step may write: each parameter, and its state as far as there is any.
+
+    Goes past the attribute ``state``: who asks for that makes our next step look at all of it.
+    """
+    state = vars(optimizer)["state"]
+    return [
+        (p.detach().clone(), {name: copy.deepcopy(v) for name, v in state.get(p, {}).items()})
+        for p in params_of(optimizer)
+    ]
+
+
+def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
+    """All parameters, their state and step counters agree, by default to torch's tolerances."""
+    for (p, mine), (q, theirs) in zip(values_of(ours), values_of(stock), strict=True):
+        theirs = {name: value for name, value in theirs.items() if value is not None}
+        torch.testing.assert_close((p, mine), (q, theirs), **tolerance)
+
+
+@contextmanager
+def nothing_written(optimizer: Optimizer) -> Iterator[None]:
+    """The block leaves parameters, state and step counters as they are, to the bit."""
+    before, keys = values_of(optimizer), set(vars(optimizer)["state"])
+    yield
+    torch.testing.assert_close(
+        values_of(optimizer), before, rtol=0, atol=0, equal_nan=True, check_stride=True
+    )
+    assert set(vars(optimizer)["state"]) == keys
+
+
+@contextmanager
+def falls_back() -> Iterator[None]:
+    """The block leaves something to torch, and says so exactly once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [w.category for w in caught] == [UserWarning], [str(w.message) for w in caught]
+    assert "to torch's own" in str(caught[0].message)
+
+
+def state_names(optimizer: Optimizer, param: Tensor) -> list[str]:
+    """The names of the state tensors that have the parameter's shape."""
+    return [name for name in optimizer.state[param] if name != "step"]
+
+
+def complete_state(optimizer: Optimizer) -> None:
+    """Give stock Adagrad, which does so in its constructor only, the state that it lacks."""
+    if type(optimizer) is torch.optim.Adagrad:
+        start = optimizer.defaults["initial_accumulator_value"]
+        fresh = torch.optim.Adagrad(params_of(optimizer), initial_accumulator_value=start)
+        for param, state in fresh.state.items():
+            optimizer.state[param] = optimizer.state.get(param) or state
+
+
+class Twins:
+    """The same model twice: trained by ours and by stock torch's for-loop.
+
+    ``make()`` gives the parameters or groups, and is called once for each.
+    """
+
+    def __init__(self, case: Case, make: Callable[[], Any] = make_params, **options: Any) -> None:
+        self.ours = case.ours(make(), **options)
+        self.stock = case.stock(make(), **options)
+        self.steps = 0
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return iter((self.ours, self.stock))
+
+    def each(self, change: Callable[[Optimizer, list[Tensor]], Any]) -> list[Any]:
+        """Do the same to both: ``change(optimizer, its parameters)``."""
+        return [change(optimizer, params_of(optimizer)) for optimizer in self]
+
+    def set_grads(self, **how: Any) -> None:
+        for optimizer in self:
+            set_grads(params_of(optimizer), self.steps, **how)
+        self.steps += 1
+
+    def step(self, n: int = 1, **how: Any) -> Twins:
+        """Take n steps, and compare everything after each."""
+        for _ in range(n):
+            self.set_grads(**how)
+            for optimizer in self:
+                optimizer.step()
+            assert_same(*self)
+        return self
