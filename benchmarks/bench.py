@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ import fusedopt
 from fusedopt.optimizer import ISA
 
 MEMORY_CASE = "1x50M"
+MEMORY_CONTENDERS = ("foreach", "ours")
 QUICK_ELEMENTS = 30_000_000  # --quick leaves out larger cases unless they are named
 
 
@@ -59,10 +61,13 @@ class Result:
         """How many times as long as ours each other takes; for the limit, ours' share of it."""
         ours = self.timings["ours"]
         others = {name: t for name, t in self.timings.items() if name != "ours"}
-        best = min((others[name] for name in STOCK if name in others), key=lambda t: t.spread.median)
+        best = min(
+            (others[name] for name in STOCK if name in others), key=lambda t: t.spread.median
+        )
         return {name: ratio(t, ours) for name, t in {"torch's best": best, **others}.items()}
 
     def as_json(self) -> dict[str, Any]:
+        """Everything, in milliseconds, bytes and GB/s."""
         moved = self.optimizer.bytes_per_step(self.case)
         return {
             "case": self.case.name,
@@ -108,7 +113,7 @@ def measure_memory() -> dict[str, Any]:
     """Bytes that one AdamW step takes for itself, also relative to all tensors that exist."""
     held = OPTIMIZERS["adamw"].bytes_held(CASES[MEMORY_CASE])
     report: dict[str, Any] = {"case": MEMORY_CASE, "optimizer": "adamw", "bytes_held": held}
-    for name in ("foreach", "ours"):
+    for name in MEMORY_CONTENDERS:
         try:
             taken = memory.step_bytes(MEMORY_CASE, "adamw", name)
             report[name] = {"bytes_taken": taken, "relative": taken / held}
@@ -130,6 +135,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "isa": ISA,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # what ran here in the last minute
     }
 
 
@@ -165,7 +171,7 @@ def _milliseconds(spread: Spread) -> dict[str, float]:
 
 
 # One row: the case, milliseconds per contender, GB/s, ratios.
-_ROW = "{:<15}" + len(CONTENDERS) * "{:>10}" + "{:>7}" + 3 * "{:>19}"
+_ROW = "{:<15}" + len(CONTENDERS) * "{:>10}" + "{:>7}" + 3 * "{:>22}"
 
 
 def print_header(optimizer: Optimizer) -> None:
@@ -177,14 +183,11 @@ def print_header(optimizer: Optimizer) -> None:
 
 
 def print_row(result: Result) -> None:
-    times = [
-        f"{1e3 * result.timings[name].spread.median:.3f}" if name in result.timings else "absent"
-        for name in CONTENDERS
-    ]
-    speed = result.optimizer.bytes_per_step(result.case) / 1e9
+    medians = {name: timing.spread.median for name, timing in result.timings.items()}
+    times = [f"{1e3 * medians[name]:.3f}" if name in medians else "absent" for name in CONTENDERS]
+    speed = result.optimizer.bytes_per_step(result.case) / medians["ours"] / 1e9
     ratios = [_cell(result.ratios.get(name)) for name in ("torch's best", "DeepSpeed", "limit")]
-    achieved = speed / result.timings["ours"].spread.median
-    print(_ROW.format(result.case.name, *times, f"{achieved:.1f}", *ratios), flush=True)
+    print(_ROW.format(result.case.name, *times, f"{speed:.1f}", *ratios), flush=True)
 
 
 def _cell(r: Spread | None) -> str:
@@ -205,7 +208,7 @@ def grid(
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Time fusedopt's steps against stock torch's, DeepSpeed's and the memory's.",
-        epilog="Reads and prints no more than that: see benchmarks/README.md for the columns.",
+        epilog="benchmarks/README.md explains the columns.",
     )
     parser.add_argument(
         "--case",
@@ -232,7 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     effort = Effort(count=3, budget=1.0) if options.quick else Effort(count=15, budget=10.0)
     report: dict[str, Any] = {**environment(), "results": []}
-    print(f"torch {torch.__version__}, {report['cpu']}, {ISA}, {report['threads']} threads")
+    print(
+        f"torch {torch.__version__}, {report['cpu']}, {ISA}, {report['threads']} threads, "
+        f"load average {report['load_average']:.2f}"
+    )
 
     for optimizer, cases in grid(options.case, options.optimizer, options.quick):
         print_header(optimizer)
@@ -246,12 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name} is absent: {reason}")
 
     measured = {(result["optimizer"], result["case"]) for result in report["results"]}
-    if "adamw" in {optimizer for optimizer, _ in measured}:
+    if any(optimizer == "adamw" for optimizer, _ in measured):
         report["host_ms_per_1000_tensors"] = host = _milliseconds(measure_host(effort))
         print(f"\nhost time: {host['median']:.3f} ms per 1000 tensors")
     if ("adamw", MEMORY_CASE) in measured:
         report["memory"] = taken = measure_memory()
-        print(f"memory that a step takes for itself: {taken}")
+        for name in MEMORY_CONTENDERS:
+            found = taken[name]
+            text = found.get("absent") or f"{found['relative']:.1%} of what exists already"
+            print(f"memory that a step of {name} takes for itself: {text}")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

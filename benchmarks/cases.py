@@ -179,7 +179,9 @@ def _parameters(case: Case, grads: list[Tensor]) -> list[Any]:
     return [{"params": [param]} for param in params] if case.group_each else params
 
 
-def _torch(implementation: str | None, case: Case, optimizer: Optimizer, grads: list[Tensor]) -> Step:
+def _torch(
+    implementation: str | None, case: Case, optimizer: Optimizer, grads: list[Tensor]
+) -> Step:
     if implementation is None:
         options = {"foreach": False}
     elif implementation in inspect.signature(optimizer.stock).parameters:

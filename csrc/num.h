@@ -101,17 +101,40 @@ FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return a * b 
 FUSEDOPT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-// from + weight * (to - from), as torch.lerp: exact at both ends.
+// (1 - weight) * from + weight * to, exact at both ends.
 template <class T>
 FUSEDOPT_HD inline T interpolate(T from, T to, T weight) {
-  return weight < T(0.5) ? multiply_add(weight, to - from, from)
-                         : multiply_add(weight - 1, to - from, to);
+  return multiply_add(weight, to, multiply_add(-weight, from, from));
 }
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = uint64_t;
+};
+
+// x where the gate is open, else 0, whatever x is. A mask, because compilers fail to vectorize a
+// loop that chooses by a bool.
+template <class T>
+class Gate {
+ public:
+  FUSEDOPT_HD explicit Gate(bool open) : mask_(open ? ~Bits(0) : Bits(0)) {}
+  FUSEDOPT_HD T operator()(T x) const { return bit_cast<T>(bit_cast<Bits>(x) & mask_); }
+
+ private:
+  using Bits = typename BitsOf<T>::type;
+  Bits mask_;
+};
 
 // As torch.maximum: a nan on either side wins.
 template <class T>
 FUSEDOPT_HD inline T maximum(T a, T b) {
-  return a > b || a != a ? a : b;
+  return (a > b) | (a != a) ? a : b;
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -41,6 +41,18 @@ struct Family {
   bool first_writes_state;  // a missing state[0] is written, not read, by the first update
 };
 
+// g + l2 * p, and exactly g when there is no decay, whatever p is.
+template <class T>
+struct L2Penalty {
+  T l2;
+  Gate<T> gate;
+
+  FUSEDOPT_HD explicit L2Penalty(double weight_decay)
+      : l2(weight_decay != 0 ? T(weight_decay) : T(-0.0)), gate(weight_decay != 0) {}
+
+  FUSEDOPT_HD T operator()(T p, T g) const { return multiply_add(l2, gate(p), g); }
+};
+
 // Adam: Kingma & Ba 2015, Algorithm 1. AdamW: Loshchilov & Hutter 2019, Algorithm 2, which decays
 // the weight itself ("decoupled") where Adam adds the decay to the gradient.
 // AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
@@ -53,20 +65,17 @@ template <class T, bool kAmsgrad>
 struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
 
-  T keep, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
-  bool coupled;
+  L2Penalty<T> penalty;
+  T keep, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
 
-  FUSEDOPT_HD Adam(const double* h, double step, bool /*first*/) {
-    const double lr = h[0], beta1 = h[1], b2 = h[2], weight_decay = h[4];
-    const bool decoupled = h[5] != 0;
+  FUSEDOPT_HD Adam(const double* h, double step, bool /*first*/) : penalty(h[5] != 0 ? 0 : h[4]) {
+    const double lr = h[0], beta1 = h[1], b2 = h[2];
     // Kingma & Ba, section 2: both bias corrections move into the step size, here with eps scaled
     // by the same factor, which keeps the published formula exactly and saves a division:
     //   lr * m_hat / (sqrt(v_hat) + eps),  m_hat = m / (1 - beta1^t),  v_hat = v / (1 - beta2^t)
     const double bias1 = 1 - pow(beta1, step);
     const double root_bias2 = sqrt(1 - pow(b2, step));
-    keep = T(decoupled ? 1 - lr * weight_decay : 1);
-    l2 = T(decoupled ? 0 : weight_decay);
-    coupled = !decoupled && weight_decay != 0;
+    keep = T(h[5] != 0 ? 1 - lr * h[4] : 1);
     one_minus_beta1 = T(1 - beta1);
     beta2 = T(b2);
     one_minus_beta2 = T(1 - b2);
@@ -75,7 +84,7 @@ struct Adam {
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (coupled) g = multiply_add(l2, p, g);
+    g = penalty(p, g);
     p *= keep;
     s[0] = interpolate(s[0], g, one_minus_beta1);
     s[1] = multiply_add(one_minus_beta2 * g, g, beta2 * s[1]);
@@ -97,25 +106,24 @@ template <class T, bool kMomentum>
 struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
 
-  T lr, momentum, gain, l2;
-  bool decay, nesterov, first;
+  L2Penalty<T> penalty;
+  T lr, momentum, gain, lookahead;
+  Gate<T> buffer, direct;
 
-  FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool is_first) {
+  FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool first)
+      : penalty(h[3]), buffer(!first), direct(h[4] != 0) {
     lr = T(h[0]);
     momentum = T(h[1]);
-    gain = T(1 - h[2]);
-    l2 = T(h[3]);
-    decay = h[3] != 0;
-    nesterov = h[4] != 0;
-    first = is_first;
+    gain = T(first ? 1 : 1 - h[2]);
+    lookahead = T(h[4] != 0 ? h[1] : 1);
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g = multiply_add(l2, p, g);
+    g = penalty(p, g);
     if constexpr (kMomentum) {
       // Before the first update s[0] is whatever the memory held.
-      s[0] = first ? g : multiply_add(gain, g, momentum * s[0]);
-      g = nesterov ? multiply_add(momentum, s[0], g) : s[0];
+      s[0] = multiply_add(gain, g, momentum * buffer(s[0]));
+      g = multiply_add(lookahead, s[0], direct(g));  // Nesterov; without, s[0] itself
     }
     p = multiply_add(-lr, g, p);
   }
@@ -135,21 +143,19 @@ struct Rmsprop {
   static constexpr int kStates = 1 + kMomentum + kCentered;
   static constexpr int kGradAvg = 1 + kMomentum;
 
-  T lr, alpha, one_minus_alpha, eps, l2, momentum;
-  bool decay;
+  L2Penalty<T> penalty;
+  T lr, alpha, one_minus_alpha, eps, momentum;
 
-  FUSEDOPT_HD Rmsprop(const double* h, double /*step*/, bool /*first*/) {
+  FUSEDOPT_HD Rmsprop(const double* h, double /*step*/, bool /*first*/) : penalty(h[3]) {
     lr = T(h[0]);
     alpha = T(h[1]);
     one_minus_alpha = T(1 - h[1]);
     eps = T(h[2]);
-    l2 = T(h[3]);
-    decay = h[3] != 0;
     momentum = T(h[4]);
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g = multiply_add(l2, p, g);
+    g = penalty(p, g);
     s[0] = multiply_add(one_minus_alpha * g, g, alpha * s[0]);
     T v = s[0];
     if constexpr (kCentered) {
@@ -175,18 +181,16 @@ template <class T>
 struct Adagrad {
   static constexpr int kStates = 1;
 
-  T lr, eps, l2;
-  bool decay;
+  L2Penalty<T> penalty;
+  T lr, eps;
 
-  FUSEDOPT_HD Adagrad(const double* h, double step, bool /*first*/) {
+  FUSEDOPT_HD Adagrad(const double* h, double step, bool /*first*/) : penalty(h[3]) {
     lr = T(h[0] / (1 + (step - 1) * h[1]));
     eps = T(h[2]);
-    l2 = T(h[3]);
-    decay = h[3] != 0;
   }
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
-    if (decay) g = multiply_add(l2, p, g);
+    g = penalty(p, g);
     s[0] = multiply_add(g, g, s[0]);
     p -= lr * g / (square_root(s[0]) + eps);
   }

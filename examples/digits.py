@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"digits.py needs scikit-learn and tqdm (pip install scikit-learn tqdm): {error}.")
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # needed for the plot alone
 
 BATCH = 64
 EARLY = 10  # steps after which the weights are compared for the first time
@@ -182,26 +186,30 @@ def time_steps(data: Data, rounds: int, seed: int, steps: int = 5) -> dict[str, 
 def report(data: Data, stock: Run, ours: Run, times: dict[str, list[float]]) -> None:
     """Print the tables."""
 
+    def row(label: str, *cells: str) -> None:
+        print(f"{label:42}" + "".join(f"{cell:>16}" for cell in cells))
+
     def difference(a: Tensor, b: Tensor) -> str:
         return f"{(a - b).abs().max().item():.1e}"
 
+    runs = stock, ours
     same = (stock.predictions == ours.predictions).double().mean().item()
-    print(f"\n{'':30}{'torch AdamW':>14}{'fusedopt AdamW':>18}")
-    print(f"{'validation accuracy':30}{stock.accuracy(data):14.2%}{ours.accuracy(data):18.2%}")
-    print(f"{'validation loss':30}{stock.valid_loss[-1]:14.4f}{ours.valid_loss[-1]:18.4f}")
-    print(f"{'training loss':30}{stock.train_loss[-1]:14.4f}{ours.train_loss[-1]:18.4f}")
-    print(f"\n{'equal validation predictions':46}{same:16.2%}")
-    # They round differently in the last bit, and training amplifies that, hence two figures.
-    print(f"{f'largest parameter difference, {EARLY} steps':46}", end="")
-    print(f"{difference(stock.early, ours.early):>16}")
-    print(f"{'largest parameter difference, at the end':46}", end="")
-    print(f"{difference(stock.final, ours.final):>16}")
-
-    print(f"\n{'milliseconds per step()':24}{'median':>10}{'quartiles':>16}{'ratio to ours':>16}")
+    print()
+    row("", "torch AdamW", "fusedopt AdamW")
+    row("validation accuracy", *(f"{run.accuracy(data):.2%}" for run in runs))
+    row("validation loss", *(f"{run.valid_loss[-1]:.4f}" for run in runs))
+    row("training loss", *(f"{run.train_loss[-1]:.4f}" for run in runs))
+    print()
+    row("equal validation predictions", f"{same:.2%}")
+    # The two may round a last bit differently, and training amplifies that: hence two figures.
+    row(f"largest parameter difference, {EARLY} steps", difference(stock.early, ours.early))
+    row("largest parameter difference, at the end", difference(stock.final, ours.final))
+    print()
+    row("milliseconds per optimizer.step()", "median", "quartiles", "ratio to ours")
     base = statistics.median(times[OURS])
     for name, values in times.items():
         low, median, high = statistics.quantiles(values, n=4)
-        print(f"{name:24}{median:10.3f}{f'{low:.3f} - {high:.3f}':>16}{median / base:15.1f}x")
+        row(name, f"{median:.3f}", f"{low:.3f} - {high:.3f}", f"{median / base:.1f}x")
 
 
 def check_plot(path: Path) -> None:
@@ -214,7 +222,7 @@ def check_plot(path: Path) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        sys.exit(f"digits.py: cannot write the plot: {error}.")
+        sys.exit(f"digits.py: cannot write {path}: {error.strerror}.")
 
 
 def draw(path: Path, stock: Run, ours: Run, times: dict[str, list[float]]) -> None:
@@ -223,37 +231,42 @@ def draw(path: Path, stock: Run, ours: Run, times: dict[str, list[float]]) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    grey, red, ink = "#a8adb5", "#c8352b", "#2b2d33"
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    grey, red = "#b4b8bf", "#c8352b"
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.95])
+    left, middle, right = figure.subplots(1, 3)
 
+    def title(axes: Axes, text: str) -> None:
+        axes.set_title(text, loc="left", fontweight="bold", pad=12)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    middle.sharey(left)
     epochs = range(1, len(stock.train_loss) + 1)
-    for axes, title, theirs, mine in (
+    for axes, text, theirs, mine in (
         (left, "Training loss", stock.train_loss, ours.train_loss),
         (middle, "Validation loss", stock.valid_loss, ours.valid_loss),
     ):
-        # The curves all but coincide: ours is dashed on top of a broad line.
-        axes.plot(epochs, theirs, color=grey, linewidth=6, label="torch.optim.AdamW")
-        axes.plot(epochs, mine, color=red, linewidth=1.8, dashes=(4, 2), label="fusedopt.AdamW")
-        axes.set(title=title, xlabel="epoch", yscale="log")
-        axes.grid(alpha=0.25, which="both")
-    left.set_ylabel("cross-entropy (log scale)")
-    left.legend(frameon=False)
+        # The curves all but coincide: ours is thin, on top of a broad one.
+        axes.plot(epochs, theirs, "o-", color=grey, lw=7, ms=7, label="torch.optim.AdamW")
+        axes.plot(epochs, mine, "o--", color=red, lw=1.3, ms=3.5, label="fusedopt.AdamW")
+        axes.set(xlabel="epoch", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        title(axes, text)
+    left.set_ylabel("cross-entropy, log scale")
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     colors = [red if name == OURS else grey for name in medians]
-    bars = right.barh(list(medians), list(medians.values()), color=colors, height=0.62)
+    bars = right.barh(list(medians), list(medians.values()), color=colors, height=0.6)
     labels = [f"{ms:.2f} ms  ({ms / medians[OURS]:.1f}x)" for ms in medians.values()]
-    right.bar_label(bars, labels, padding=5, color=ink)
+    right.bar_label(bars, labels, padding=5)
     right.invert_yaxis()
-    right.set(title="Time per optimizer step (median)", xlabel="milliseconds")
+    right.set_xlabel("milliseconds")
     right.set_xlim(0, 1.5 * max(medians.values()))  # room for the labels
     right.tick_params(axis="y", length=0)
-
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(axes.get_title(), loc="left", fontweight="bold", color=ink)
+    title(right, "Time per optimizer.step(), median")
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of drop-in behaviour share: small models, and the same run by ours and by stock."""
+"""What the drop-in tests share: small models, and the same run by ours and by stock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ def table(name: str, rows: dict[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(name, rows.values(), ids=rows.keys())
 
 
-every_class = table("case", {case.name: case for case in CLASSES})
+def classes(*names: str) -> pytest.MarkDecorator:
+    """Parametrize by the rows of these classes."""
+    return table("case", {case.name: case for case in CLASSES if case.name in names})
+
+
+every_class = classes(*(case.name for case in CLASSES))
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -64,44 +69,44 @@ def set_grads(
         param.grad = grad.to(param.device) if wanted(step, index) else None
 
 
-def values_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Copies of all that a step may write: each parameter, and its state as far as there is any.
+def contents_of(optimizer: Optimizer) -> list[tuple[Tensor, Any]]:
+    """All that a step may write: each parameter, and its state as far as there is any.
 
     Goes past the attribute ``state``: who asks for that makes our next step look at all of it.
     """
     state = vars(optimizer)["state"]
-    return [
-        (p.detach().clone(), {name: copy.deepcopy(v) for name, v in state.get(p, {}).items()})
-        for p in params_of(optimizer)
-    ]
+    return [(p.detach(), state.get(p, {})) for p in params_of(optimizer)]
 
 
 def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
     """All parameters, their state and step counters agree, by default to torch's tolerances."""
-    for (p, mine), (q, theirs) in zip(values_of(ours), values_of(stock), strict=True):
+    for (p, mine), (q, theirs) in zip(contents_of(ours), contents_of(stock), strict=True):
         theirs = {name: value for name, value in theirs.items() if value is not None}
+        if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
+            theirs = {}
         torch.testing.assert_close((p, mine), (q, theirs), **tolerance)
 
 
 @contextmanager
 def nothing_written(optimizer: Optimizer) -> Iterator[None]:
     """The block leaves parameters, state and step counters as they are, to the bit."""
-    before, keys = values_of(optimizer), set(vars(optimizer)["state"])
+    before, keys = copy.deepcopy(contents_of(optimizer)), set(vars(optimizer)["state"])
     yield
     torch.testing.assert_close(
-        values_of(optimizer), before, rtol=0, atol=0, equal_nan=True, check_stride=True
+        contents_of(optimizer), before, rtol=0, atol=0, equal_nan=True, check_stride=True
     )
     assert set(vars(optimizer)["state"]) == keys
 
 
 @contextmanager
 def falls_back() -> Iterator[None]:
-    """The block leaves something to torch, and says so exactly once."""
+    """The block leaves something to torch, and says so exactly once. (Torch may warn, too.)"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    assert [w.category for w in caught] == [UserWarning], [str(w.message) for w in caught]
-    assert "to torch's own" in str(caught[0].message)
+    ours = [w for w in caught if str(w.message).startswith("fusedopt.")]
+    assert [w.category for w in ours] == [UserWarning]
+    assert "to torch's own" in str(ours[0].message)
 
 
 def state_names(optimizer: Optimizer, param: Tensor) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import pickle
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from cases import Case
@@ -22,7 +24,9 @@ from helpers import (
     CLASSES,
     Twins,
     assert_same,
+    classes,
     complete_state,
+    contents_of,
     every_class,
     falls_back,
     make_params,
@@ -32,7 +36,6 @@ from helpers import (
     set_grads,
     state_names,
     table,
-    values_of,
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -56,7 +59,7 @@ SETTLED = 5
 def test_is_the_stock_class(case: Case) -> None:
     twins = Twins(case)
     assert isinstance(twins.ours, STOCK[case.name])
-    assert inspect.signature(twins.ours.step) == inspect.signature(twins.stock.step)
+    assert str(inspect.signature(twins.ours.step)).startswith("(closure")
     if case.name == "Momentum":
         assert isinstance(twins.ours, fusedopt.SGD)
         return
@@ -212,13 +215,12 @@ def test_each_hook_fires_once(case: Case, make: Callable[[], list[Parameter]]) -
 
             return hook
 
+        with_closure = ((optimizer,), {"closure": lambda: events.append("closure")})
         handles = [
             optim_base.register_optimizer_step_pre_hook(note("global pre")),
             optim_base.register_optimizer_step_post_hook(note("global post")),
             optimizer.register_step_pre_hook(note("pre")),
-            optimizer.register_step_pre_hook(
-                note("adds a closure", ((optimizer,), {"closure": lambda: events.append("closure")}))
-            ),
+            optimizer.register_step_pre_hook(note("adds a closure", with_closure)),
             optimizer.register_step_post_hook(note("post")),
         ]
         for step in range(3):
@@ -544,8 +546,8 @@ def assign(tensor: Tensor, value: Tensor) -> None:
 
 def transposed(tensor: Tensor) -> Tensor:
     """The same numbers in the opposite order of memory."""
-    dims = range(tensor.dim() - 1, -1, -1)
-    return tensor.detach().permute(*dims).contiguous().permute(*dims)
+    dims = tuple(range(tensor.dim()))[::-1]
+    return tensor.detach().permute(dims).contiguous().permute(dims)
 
 
 def resize_storage(tensor: Tensor) -> None:
@@ -559,14 +561,6 @@ def resize_storage(tensor: Tensor) -> None:
     del keep
 
 
-def to_double(optimizer: Optimizer, params: list[Tensor]) -> None:
-    for param in params:
-        param.data = param.data.double()
-        param.grad = None
-        for name in state_names(optimizer, param):
-            optimizer.state[param][name] = optimizer.state[param][name].double()
-
-
 def clear_state(optimizer: Optimizer, _: list[Tensor]) -> None:
     optimizer.state.clear()
     complete_state(optimizer)
@@ -578,9 +572,35 @@ def forget_one(optimizer: Optimizer, params: list[Tensor]) -> None:
 
 
 def new_dicts(optimizer: Optimizer, _: list[Tensor]) -> None:
-    optimizer.state = defaultdict(
-        dict, {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    optimizer.state = cloned_state(optimizer)
+
+
+def cloned_state(optimizer: Optimizer) -> defaultdict[Tensor, dict[str, Tensor]]:
+    return defaultdict(
+        dict, {p: {k: v.clone() for k, v in s.items()} for p, s in vars(optimizer)["state"].items()}
     )
+
+
+def set_state(optimizer: Optimizer, _: list[Tensor]) -> None:
+    optimizer.__setstate__({"state": cloned_state(optimizer)})
+
+
+def load_no_state(optimizer: Optimizer, _: list[Tensor]) -> None:
+    """A checkpoint from before the first step."""
+    number = itertools.count()
+    groups = [
+        {**group, "params": [next(number) for _ in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    complete_state(optimizer)
+
+
+def no_buffers(optimizer: Optimizer, params: list[Tensor]) -> None:
+    """As stock's fused SGD leaves its state when the first step is skipped."""
+    if isinstance(optimizer, torch.optim.SGD):
+        for param in params:
+            optimizer.state[param]["momentum_buffer"] = None
 
 
 def one_buffer(optimizer: Optimizer, params: list[Tensor]) -> None:
@@ -638,7 +658,6 @@ EDITS: dict[str, Callable[[Optimizer, list[Tensor]], Any]] = {
     "param_in_place": for_each_param(lambda p: p.data.mul_(2)),
     "param_storage": for_each_param(lambda p: resize_storage(p.data)),
     "param_shared_with_processes": for_each_param(lambda p: p.share_memory_()),
-    "param_dtype": to_double,
     "param_new": new_parameter,
     "param_inserted": insert_parameter,
     "param_moved_to_a_group": split_group,
@@ -651,6 +670,7 @@ EDITS: dict[str, Callable[[Optimizer, list[Tensor]], Any]] = {
     "groups_replaced": lambda o, _: setattr(o, "param_groups", copy.copy(o.param_groups)),
     "lr": set_option("lr", 0.5),
     "lr_int": set_option("lr", 1),
+    "lr_numpy": set_option("lr", numpy.float32(0.3)),
     "weight_decay": set_option("weight_decay", 0.5),
     "maximize": set_option("maximize", True),
     "momentum_off": set_option("momentum", 0.0),
@@ -675,20 +695,71 @@ EDITS: dict[str, Callable[[Optimizer, list[Tensor]], Any]] = {
     "state_cleared": clear_state,
     "state_of_one_deleted": forget_one,
     "state_dicts_replaced": new_dicts,
+    "state_by_setstate": set_state,
+    "state_of_a_new_run": load_no_state,
+    "state_none": no_buffers,
     "state_reordered": lambda o, _: setattr(o, "state", dict(reversed(o.state.items()))),
     "steps": set_steps,
     "nothing_but_a_look": lambda o, params: repr(o.state[params[0]]),
 }
 
 
+def go_on(twins: Twins) -> None:
+    twins.step(SETTLED)
+
+
+def go_on_without_some_gradients(twins: Twins) -> None:
+    """What was changed is only met later."""
+    twins.step(2, wanted=lambda step, index: index in (1, 2))
+    twins.step(SETTLED)
+
+
+def go_on_after_a_failure(twins: Twins) -> None:
+    """As before, when a step stops half way through its checks."""
+    twins.set_grads()
+    groups = twins.ours.param_groups
+    for place in (0, len(groups)):
+        groups.insert(place, {**groups[0], "lr": "fast"})
+        with pytest.raises(TypeError, match=f"param group {place}: lr is not a number"):
+            twins.ours.step()
+        del groups[place]
+    twins.step(SETTLED)
+
+
+sequels = table(
+    "sequel",
+    {
+        "all": go_on,
+        "some_gradients": go_on_without_some_gradients,
+        "after_a_failure": go_on_after_a_failure,
+    },
+)
+
+
 @table("edit", EDITS)
 @every_class
-def test_edits_between_steps(case: Case, edit: Callable) -> None:
+@sequels
+def test_edits_between_steps(case: Case, edit: Callable, sequel: Callable) -> None:
     twins = Twins(case).step(SETTLED)
     twins.each(edit)
-    twins.step(SETTLED)
+    sequel(twins)
     twins.each(edit)
-    twins.step()
+    sequel(twins)
+
+
+@every_class
+def test_parameters_and_state_change_their_dtype(case: Case) -> None:
+    def cast(optimizer: Optimizer, params: list[Tensor]) -> None:
+        for param in params:
+            param.grad = None
+            param.data = param.data.to(dtype)
+            for name in state_names(optimizer, param):
+                optimizer.state[param][name] = optimizer.state[param][name].to(dtype)
+
+    twins = Twins(case, lambda: make_params(dtype=torch.float64)).step(SETTLED)
+    dtype = torch.float32
+    twins.each(cast)
+    twins.step(SETTLED)
 
 
 @pytest.mark.parametrize("name", ["SGD", "Momentum", "RMSprop"])
@@ -700,10 +771,6 @@ def test_momentum_goes_off_and_on(name: str) -> None:
             if name == "Momentum":
                 twins.stock.param_groups[0]["dampening"] = momentum
         twins.step(2)
-
-
-def saved_by_autograd(tensor: Tensor) -> Any:
-    return (torch.ones_like(tensor).requires_grad_() * tensor).grad_fn
 
 
 # What a user may hold on to, given an optimizer's state, a parameter and a state's name, and the
@@ -745,10 +812,6 @@ HELD: dict[str, tuple[Callable[[Any, Tensor, str], Any], Callable[[Any, Tensor, 
         lambda state, p, name: weakref.ref(state[p][name]),
         lambda ref, *_: assign(ref(), ref() * 2),
     ),
-    "autograd": (
-        lambda state, p, name: saved_by_autograd(state[p][name]),
-        lambda node, *_: assign(node._saved_other, node._saved_other * 2),
-    ),
     "script_list": (
         lambda state, p, name: torch.ScriptList([state[p][name]]),
         lambda held, *_: assign(held[0], held[0] * 2),
@@ -781,20 +844,26 @@ HELD: dict[str, tuple[Callable[[Any, Tensor, str], Any], Callable[[Any, Tensor, 
 
 
 @table("held", HELD)
-@every_class
+@classes("Adam", "SGD")
 @pytest.mark.parametrize("settled", [0, SETTLED], ids=["at_once", "later"])
-def test_what_was_held_may_change(case: Case, held: tuple, settled: int) -> None:
+@pytest.mark.parametrize("released", [False, True], ids=["kept", "released"])
+@sequels
+def test_what_was_held_may_change(
+    case: Case, held: tuple, settled: int, released: bool, sequel: Callable
+) -> None:
     grab, change = held
     twins = Twins(case).step(SETTLED)
     name = state_names(twins.ours, params_of(twins.ours)[0])[0]
     handles = twins.each(lambda o, params: grab(o.state, params[0], name))
     twins.step(settled)
-    for handle, optimizer in zip(handles, twins, strict=True):
-        change(handle, params_of(optimizer)[0], name)
-    twins.step(SETTLED)
+    for number, optimizer in enumerate(twins):
+        change(handles[number], params_of(optimizer)[0], name)
+    if released:
+        handles.clear()
+    sequel(twins)
 
 
-@pytest.mark.parametrize("case", [c for c in CLASSES if c.name in ("Adam", "Adagrad")], ids=str)
+@classes("Adam", "Adagrad")
 def test_a_held_step_counter_may_change(case: Case) -> None:
     twins = Twins(case).step(SETTLED)
     steps = twins.each(lambda o, params: o.state[params[0]]["step"])
@@ -924,7 +993,7 @@ def train_large(case: Case, dtype: torch.dtype = torch.float32) -> list[Any]:
     for step in range(3):
         set_grads(params_of(optimizer), step)
         optimizer.step()
-    return values_of(optimizer)
+    return contents_of(optimizer)
 
 
 @pytest.fixture
@@ -1005,6 +1074,7 @@ def test_python_threads_run_while_a_step_computes() -> None:
 
 
 @every_class
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 def test_compiled_training(case: Case) -> None:
     def train(make: Callable[..., Optimizer], transform: Callable) -> list[Parameter]:
         params = make_params([(4, 3), (3,)])
@@ -1062,7 +1132,6 @@ def test_grad_scaler(case: Case, clip: bool, bad: set[int]) -> None:
                 nn.utils.clip_grad_norm_(params_of(stock), 0.5)
             stock.step()
         assert_same(ours, stock)
-    assert scaler.get_scale() != 1024.0
     assert not {"grad_scale", "found_inf"} & vars(ours).keys()
 
 
@@ -1119,16 +1188,7 @@ def test_sparse_gradients(case: Case) -> None:
             for model, optimizer in zip(models, (ours, stock), strict=True):
                 model.set_grads(step)
                 optimizer.step()
-            for p, q in zip(params_of(ours), params_of(stock), strict=True):
-                torch.testing.assert_close(p, q)
-            mine, theirs = (
-                [
-                    {k: v.to_dense() for k, v in vars(o)["state"].get(p, {}).items() if v is not None}
-                    for p in params_of(o)
-                ]
-                for o in (ours, stock)
-            )
-            torch.testing.assert_close(mine, theirs)
+            assert_same(ours, stock)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
@@ -1150,7 +1210,17 @@ def test_sparse_gradients_are_refused_as_by_stock(name: str, dense_steps: int, l
     assert mine == error_of(stock.step) is not None
 
 
-@pytest.mark.parametrize("case", [c for c in CLASSES if c.name != "Momentum"], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("Adam", {"weight_decay": 0.1}),
+        Case("AdamW", {"weight_decay": 0.1}),
+        Case("SGD", {"momentum": 0.9, "nesterov": True}),
+        Case("RMSprop", {"momentum": 0.9}),
+        Case("Adagrad", {"lr_decay": 0.1}),
+    ],
+    ids=str,
+)
 def test_differentiable(case: Case) -> None:
     def through_two_steps(make: Callable[..., Optimizer]) -> list[Tensor]:
         weight, *grads = (t.detach().requires_grad_() for t in make_params([(4, 3)] * 3))
@@ -1165,8 +1235,7 @@ def test_differentiable(case: Case) -> None:
     with falls_back():
         ours = through_two_steps(case.ours)
     torch.testing.assert_close(ours, through_two_steps(case.stock))
-    assert ours[1].any()
-    assert ours[2].any()
+    assert all(gradient.any() for gradient in ours)
 
 
 @every_class
@@ -1244,6 +1313,32 @@ def test_parameters_that_come_to_share_memory(case: Case) -> None:
         twins.step(SETTLED)
     twins.each(lambda _, params: assign(params[1], params[1].data.clone()))
     twins.step(SETTLED)
+
+
+@every_class
+def test_memory_shared_since_a_failed_step(case: Case) -> None:
+    twins = Twins(case).step(SETTLED)
+    twins.each(lambda _, params: assign(params[1], params[3].data.view(-1)[2:19]))
+    twins.set_grads()
+    last = params_of(twins.ours)[3]
+    data, last.data = last.data, torch.ones(2)
+    with pytest.raises(RuntimeError, match="its shape is"):
+        twins.ours.step()
+    last.data = data
+    with falls_back():
+        twins.step(SETTLED)
+
+
+@every_class
+def test_two_optimizers_of_the_same_parameters(case: Case) -> None:
+    twins, other = Twins(case), Case("SGD", {"lr": 0.1, "momentum": 0.5})
+    others = [other.ours(params_of(twins.ours)), other.stock(params_of(twins.stock))]
+    for _ in range(SETTLED):
+        twins.step()
+        for optimizer in others:
+            optimizer.step()
+        assert_same(*others)
+        assert_same(*twins)
 
 
 @every_class
@@ -1379,7 +1474,7 @@ def test_a_bad_first_step_writes_nothing(case: Case) -> None:
     params[-1].data = torch.ones(2, 5)
     with nothing_written(optimizer), pytest.raises(RuntimeError, match="its shape is"):
         optimizer.step()
-    set_grads(params, 0)  # and it goes on as if nothing had happened
+    params[-1].data = torch.ones(4, 3)
     optimizer.step()
 
 
@@ -1399,23 +1494,23 @@ def test_bad_groups_write_nothing(case: Case, bad: tuple) -> None:
     for step in range(2):
         set_grads(params, step)
         optimizer.step()
-    before = values_of(optimizer)
+    before = copy.deepcopy(contents_of(optimizer))
     group = optimizer.param_groups[1]
     kept = dict(group)
     spoil(group)
     with pytest.raises(error, match="group 1"):
         optimizer.step()
     group.update(kept)
-    torch.testing.assert_close(values_of(optimizer), before, rtol=0, atol=0)
+    torch.testing.assert_close(contents_of(optimizer), before, rtol=0, atol=0)
     optimizer.step()
 
 
 # --- Faults of stock torch 2.13, which ours must not share -------------------------------------
 #
 # Each test compares ours, with fused=True, with the for-loop. Whether the stock of the day still
-# has the fault is recorded as a property of the test, and does not fail it.
+# has the fault is printed (pytest -rP shows it), and fails nothing.
 
-FUSED = [case for case in CLASSES if case.name in ("Adam", "AdamW", "SGD", "Adagrad")]
+every_fused_class = classes("Adam", "AdamW", "SGD", "Adagrad")
 
 
 def outcome(optimizer: Optimizer, train: Callable[[Optimizer], None]) -> list[Tensor] | Exception:
@@ -1426,72 +1521,73 @@ def outcome(optimizer: Optimizer, train: Callable[[Optimizer], None]) -> list[Te
     return [p.detach() for p in params_of(optimizer)]
 
 
-def compare_three(
+def check_fault(
     case: Case,
     make: Callable[[], list[Parameter]],
     train: Callable[[Optimizer], None],
-    record_property: Callable[[str, object], None],
-    **tolerance: Any,
-) -> None:
-    reference = outcome(case.stock(make()), train)
-    torch.testing.assert_close(outcome(case.ours(make(), fused=True), train), reference, **tolerance)
-    fused = outcome(case.stock(make(), foreach=False, fused=True), train)
-    error = error_of(lambda: torch.testing.assert_close(fused, reference, **tolerance))
-    record_property("stock has the fault", error is not None)
+) -> list[Tensor]:
+    """Half precision is compared with the float32 for-loop, rounded once."""
+    dtype = make()[0].dtype
+    reference = case.stock([Parameter(p.detach().float()) for p in make()])
+    train(reference)
+    expected = [p.detach().to(dtype) for p in params_of(reference)]
+    fused = outcome(case.stock(make(), fused=True), train)
+    error = error_of(torch.testing.assert_close, fused, expected)
+    print(f"stock's fused step {'has this fault' if error else 'is right'}")
+    ours = outcome(case.ours(make(), fused=True), train)
+    torch.testing.assert_close(ours, expected)
+    return ours
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fault_1_strides_of_the_gradient(case: Case, record_property: Callable) -> None:
+@every_fused_class
+def test_fault_1_strides_of_the_gradient(case: Case) -> None:
     def train(optimizer: Optimizer) -> None:
         for step in range(3):
             params_of(optimizer)[0].grad = random_tensor((3, 4), torch.float32, step).t()
             optimizer.step()
 
-    compare_three(case, lambda: make_params([(4, 3)]), train, record_property)
+    check_fault(case, lambda: make_params([(4, 3)]), train)
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fault_2_a_late_gradient(case: Case, record_property: Callable) -> None:
+@every_fused_class
+def test_fault_2_a_late_gradient(case: Case) -> None:
     def train(optimizer: Optimizer) -> None:
         for step in range(4):
             set_grads(params_of(optimizer), step, wanted=PATTERNS["late"])
             optimizer.step()
 
-    compare_three(case, make_params, train, record_property)
+    check_fault(case, make_params, train)
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fault_3_a_skipped_first_step(case: Case, record_property: Callable) -> None:
+@every_fused_class
+def test_fault_3_a_skipped_first_step(case: Case) -> None:
     def train(optimizer: Optimizer) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        # What stock does not initialize had better not be zero by chance.
+        # Memory that stock does not initialize had better not be zero by chance.
         del [torch.full((64,), torch.nan) for _ in range(50)][:]
         for step in range(3):
             (p,) = params_of(optimizer)
-            p.grad = random_tensor((64,), torch.float32, step) * scaler.get_scale()
+            p.grad = scaler.scale(random_tensor((64,), torch.float32, step))
             if step == 0:
                 p.grad[0] = torch.inf
-            scaler.scale(torch.ones(()))  # tells the scaler that a step is under way
             scaler.step(optimizer)
             scaler.update()
 
-    compare_three(case, lambda: make_params([(64,)]), train, record_property)
+    check_fault(case, lambda: make_params([(64,)]), train)
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
+@every_fused_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fault_4_half_precision_moves(
-    case: Case, dtype: torch.dtype, record_property: Callable
+    case: Case, dtype: torch.dtype
 ) -> None:
+    def make() -> list[Parameter]:
+        return make_params([(64,)], dtype)
+
     def train(optimizer: Optimizer) -> None:
-        set_grads(params_of(optimizer), 0)
+        (p,) = params_of(optimizer)
+        p.grad = random_tensor((64,), dtype, 1).to(p.dtype)
         optimizer.step()
 
-    # Stock's for-loop rounds after each operation: one unit in the last place.
-    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 1e-4}
-    before = make_params([(64,)], dtype)
-    compare_three(case, lambda: make_params([(64,)], dtype), train, record_property, **tolerance)
-    ours = case.ours(before, fused=True)
-    start = before[0].detach().clone()
-    train(ours)
-    assert (before[0] != start).any()
+    (after,) = check_fault(case, make, train)
+    assert (after != make()[0]).any()
