@@ -188,9 +188,15 @@ struct UpdateTasks {
 
 inline bool in_double(const Task& task) { return task.param.dtype == DType::kFloat64; }
 
-inline bool share_rule(const Task& a, const Task& b) {
-  return a.group == b.group && a.step == b.step && a.first == b.first &&
-         in_double(a) == in_double(b);
+inline bool same_options(const Group& a, const Group& b) {
+  bool same = a.rule == b.rule && a.grad_multiplier == b.grad_multiplier;
+  for (int i = 0; i < kMaxHypers; ++i) same = same && a.hyper[i] == b.hyper[i];
+  return same;
+}
+
+inline bool share_rule(const Plan& plan, const Task& a, const Task& b) {
+  return a.step == b.step && a.first == b.first && in_double(a) == in_double(b) &&
+         (a.group == b.group || same_options(plan.groups[a.group], plan.groups[b.group]));
 }
 
 void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t end) {
@@ -198,7 +204,7 @@ void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t e
   while (i < plan.n_tasks && plan.begin[i] < end) {
     int64_t last = i + 1;
     while (last < plan.n_tasks && plan.begin[last] < end &&
-           share_rule(*plan.tasks[i], *plan.tasks[last])) {
+           share_rule(plan, *plan.tasks[i], *plan.tasks[last])) {
       ++last;
     }
     const int rule = plan.groups[plan.tasks[i]->group].rule;

@@ -2,14 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu.h"
+#include "groups.h"
 #include "layout.h"
 #include "overlap.h"
 #include "plan.h"
@@ -17,18 +16,6 @@
 #include "select.h"
 
 namespace fusedopt {
-
-// A group option that is a hyper-parameter: "betas.0" is element 0 of the option "betas".
-struct Option {
-  PyObject* key;
-  int element;
-};
-
-Option make_option(const char* name) {
-  const char* dot = std::strchr(name, '.');
-  const std::string key = dot == nullptr ? name : std::string(name, dot);
-  return {PyUnicode_InternFromString(key.c_str()), dot == nullptr ? -1 : std::atoi(dot + 1)};
-}
 
 // Reads an optimizer at every step. Of what it saw at the last one it trusts nothing that may have
 // changed since: parameters and gradients are looked at again. State is looked at again too,
@@ -46,12 +33,7 @@ class Stepper {
       }
     }
     if (family_ == nullptr) throw py::value_error("no rule family \"" + family_name + "\"");
-    for (const char* name : family_->hyper) {
-      if (name != nullptr) hyper_.push_back(make_option(name));
-    }
-    for (const char* name : family_->flags) {
-      if (name != nullptr) flags_.push_back(make_option(name));
-    }
+    family_options_ = std::make_unique<FamilyOptions>(*family_, first_rule_);
     for (const auto& state : family_->states) {
       if (state.name != nullptr) state_names_.push_back(PyUnicode_InternFromString(state.name));
     }
@@ -62,8 +44,6 @@ class Stepper {
 
   ~Stepper() {
     release();
-    for (const Option& option : hyper_) Py_DECREF(option.key);
-    for (const Option& option : flags_) Py_DECREF(option.key);
     for (PyObject* key : state_names_) Py_DECREF(key);
   }
 
@@ -241,69 +221,22 @@ class Stepper {
     return nullptr;
   }
 
-  static double number(PyObject* value, int group, PyObject* key) {
-    if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    const double number = PyFloat_AsDouble(value);  // an int, a bool, a one-element tensor
-    if (number == -1.0 && PyErr_Occurred()) {
-      PyErr_Clear();
-      throw py::type_error("param group " + std::to_string(group) + ": " +
-                           py::str(key).cast<std::string>() +
-                           " is not a number: " + py::repr(value).cast<std::string>());
-    }
-    return number;
-  }
-
-  static bool truth(PyObject* dict, PyObject* key) {
-    PyObject* value = PyDict_GetItemWithError(dict, key);
-    return value != nullptr && value != Py_False && PyObject_IsTrue(value) == 1;
-  }
-
-  static double read_option(PyObject* dict, const Option& option, int group) {
-    PyObject* value = PyDict_GetItemWithError(dict, option.key);
-    if (value != nullptr && option.element < 0) return number(value, group, option.key);
-    if (value != nullptr && PySequence_Check(value) && PySequence_Size(value) > option.element) {
-      const auto item =
-          py::reinterpret_steal<py::object>(PySequence_GetItem(value, option.element));
-      return number(item.ptr(), group, option.key);
-    }
-    throw py::key_error("param group " + std::to_string(group) + " has no usable option " +
-                        py::repr(option.key).cast<std::string>());
-  }
-
   void gather_group(int index, PyObject* dict, double grad_scale) {
-    static PyObject* const k_params = PyUnicode_InternFromString("params");
-    static PyObject* const k_maximize = PyUnicode_InternFromString("maximize");
-    static PyObject* const k_differentiable = PyUnicode_InternFromString("differentiable");
-    static PyObject* const k_capturable = PyUnicode_InternFromString("capturable");
-
-    Group group;
-    for (size_t i = 0; i < hyper_.size(); ++i) group.hyper[i] = read_option(dict, hyper_[i], index);
-    int variant = 0;
-    for (size_t i = 0; i < flags_.size(); ++i) {
-      if (read_option(dict, flags_[i], index) != 0) variant |= 1 << i;
-    }
-    group.rule = first_rule_ + variant;
-    group.grad_multiplier = (truth(dict, k_maximize) ? -1 : 1) / grad_scale;
-    groups_.push_back(group);
+    if (size_t(index) == options_.size()) options_.emplace_back();
+    GroupOptions& options = options_[index];
+    PyObject* params = options.read(*family_options_, dict, index);
+    groups_.push_back(options.group());
+    groups_.back().grad_multiplier /= grad_scale;
 
     // The states of this variant, in the order in which the rule knows them.
     n_states_ = 0;
     for (size_t i = 0; i < state_names_.size(); ++i) {
-      const int flag = family_->states[i].flag;
-      if (flag < 0 || (variant >> flag & 1)) group_states_[n_states_++] = state_names_[i];
+      if (has_state(groups_.back().rule, i)) group_states_[n_states_++] = state_names_[i];
     }
-
-    PyObject* params = PyDict_GetItemWithError(dict, k_params);
-    if (params == nullptr || !PyList_Check(params)) {
-      throw py::key_error("param group " + std::to_string(index) + " has no list \"params\"");
-    }
-    const char* reason = truth(dict, k_differentiable) ? "differentiable=True"
-                         : truth(dict, k_capturable)   ? "capturable=True"
-                                                       : nullptr;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       prefetch(entry_ + 1 + kAhead);
       if (size_t(++entry_) == entries_.size()) entries_.emplace_back();
-      gather_param({index, i, dict}, PyList_GET_ITEM(params, i), reason);
+      gather_param({index, i, dict}, PyList_GET_ITEM(params, i), options.fallback());
     }
   }
 
@@ -546,23 +479,26 @@ class Stepper {
     active_.erase(std::remove_if(active_.begin(), active_.end(), overlaps), active_.end());
   }
 
+  bool has_state(int rule, size_t state) const {
+    const int flag = family_->states[state].flag;
+    return flag < 0 || ((rule - first_rule_) >> flag & 1);
+  }
+
   int states_of(int rule) const {
-    int states = 0;
-    for (const auto& state : family_->states) {
-      states +=
-          state.name != nullptr && (state.flag < 0 || ((rule - first_rule_) >> state.flag & 1));
-    }
-    return states;
+    int n = 0;
+    for (size_t i = 0; i < state_names_.size(); ++i) n += has_state(rule, i);
+    return n;
   }
 
   int stream_rule(int rule) const { return base::kStreamRule + states_of(rule); }
 
   const base::Family* family_ = nullptr;
   int first_rule_ = 0;
-  std::vector<Option> hyper_, flags_;
   std::vector<PyObject*> state_names_;
   py::object unshared_;
 
+  std::unique_ptr<FamilyOptions> family_options_;
+  std::vector<GroupOptions> options_;
   std::vector<Entry> entries_;  // one per parameter, counted over all groups
   std::vector<std::pair<PyObject*, PyObject*>> state_items_;
   std::vector<size_t> state_hints_;

@@ -81,7 +81,10 @@ def contents_of(optimizer: Optimizer) -> list[tuple[Tensor, Any]]:
 def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
     """All parameters, their state and step counters agree, by default to torch's tolerances."""
     for (p, mine), (q, theirs) in zip(contents_of(ours), contents_of(stock), strict=True):
-        theirs = {name: value for name, value in theirs.items() if value is not None}
+        mine, theirs = (
+            {name: value for name, value in state.items() if value is not None}
+            for state in (mine, theirs)
+        )
         if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
             theirs = {}
         torch.testing.assert_close((p, mine), (q, theirs), **tolerance)

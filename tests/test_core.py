@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-KNOWS_PYTHON = {"bind.cpp", "pytensor.cpp", "pytensor.h", "stepper.h"}
+KNOWS_PYTHON = {"bind.cpp", "groups.h", "pytensor.cpp", "pytensor.h", "stepper.h"}
 
 
 def load_setup() -> ModuleType:
@@ -90,7 +90,7 @@ def test_layers() -> None:
     for path in CSRC.iterdir():
         names = includes(path)
         assert not [n for n in names if re.match(r"(torch|ATen|c10)/", n)]
-        knows_python = bool({"Python.h", "pytensor.h", "stepper.h"} & names) or any(
+        knows_python = bool({"Python.h", "groups.h", "pytensor.h", "stepper.h"} & names) or any(
             n.startswith("pybind11/") for n in names
         )
         assert knows_python == (path.name in KNOWS_PYTHON), path.name

@@ -1,0 +1,165 @@
+// The options of a parameter group, read from its dict.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "plan.h"
+#include "pytensor.h"
+#include "select.h"
+
+namespace fusedopt {
+
+// "betas.0" is element 0 of the option "betas".
+struct Option {
+  py::object key;
+  int element;  // -1: the option itself
+
+  explicit Option(const std::string& name) {
+    const size_t dot = name.find('.');
+    key =
+        py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.substr(0, dot).c_str()));
+    element = dot == std::string::npos ? -1 : std::stoi(name.substr(dot + 1));
+  }
+};
+
+// The options that a family's rules read.
+struct FamilyOptions {
+  std::vector<Option> hyper, flags;
+  int first_rule;
+
+  FamilyOptions(const base::Family& family, int first_rule) : first_rule(first_rule) {
+    for (const char* name : family.hyper) {
+      if (name != nullptr) hyper.emplace_back(name);
+    }
+    for (const char* name : family.flags) {
+      if (name != nullptr) flags.emplace_back(name);
+    }
+  }
+};
+
+// Reads one group at every step. Numbers, flags and strings cannot change but by being replaced by
+// another object, so when a group's dict holds the very same objects as at the last step, what was
+// read then holds. (Schedulers replace one or two of them; models with a group to each parameter
+// have thousands.)
+class GroupOptions {
+ public:
+  // Reads the group and returns its list of parameters (borrowed). `index` is for messages.
+  PyObject* read(const FamilyOptions& options, PyObject* dict, int index) {
+    PyObject* params = nullptr;
+    if (!is_as_before(dict, &params)) {
+      read_all(options, dict, index);
+      params = remember(dict);
+    }
+    if (params == nullptr || !PyList_Check(params)) {
+      throw py::key_error("param group " + std::to_string(index) + " has no list \"params\"");
+    }
+    return params;
+  }
+
+  // The hyper-parameters and the rule; grad_multiplier is the sign.
+  const Group& group() const { return group_; }
+
+  // Why torch's implementation has to take this group, or null.
+  const char* fallback() const { return fallback_; }
+
+ private:
+  static bool is_params(PyObject* key) {
+    return PyUnicode_CompareWithASCIIString(key, "params") == 0;
+  }
+
+  static bool is_immutable(PyObject* value) {
+    if (PyTuple_CheckExact(value)) {
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+        if (!is_immutable(PyTuple_GET_ITEM(value, i))) return false;
+      }
+      return true;
+    }
+    return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+           PyUnicode_CheckExact(value) || value == Py_None;
+  }
+
+  bool is_as_before(PyObject* dict, PyObject** params) const {
+    if (seen_.empty() || PyDict_GET_SIZE(dict) != Py_ssize_t(seen_.size())) return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const auto& [seen_key, seen_value] : seen_) {
+      if (!PyDict_Next(dict, &position, &key, &value) || key != seen_key.ptr()) return false;
+      if (!seen_value) {
+        *params = value;
+      } else if (value != seen_value.ptr()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Keeps the objects alive, so that none can be replaced by another one at the same address; but
+  // not the list of parameters, which the garbage collector must be able to free.
+  PyObject* remember(PyObject* dict) {
+    seen_.clear();
+    PyObject* params = nullptr;
+    bool immutable = true;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(dict, &position, &key, &value)) {
+      const bool is_list = PyUnicode_Check(key) && is_params(key);
+      if (is_list) params = value;
+      immutable = immutable && (is_list || is_immutable(value));
+      seen_.emplace_back(py::reinterpret_borrow<py::object>(key),
+                         is_list ? py::object() : py::reinterpret_borrow<py::object>(value));
+    }
+    if (!immutable) seen_.clear();
+    return params;
+  }
+
+  void read_all(const FamilyOptions& options, PyObject* dict, int index) {
+    for (size_t i = 0; i < options.hyper.size(); ++i) {
+      group_.hyper[i] = number(dict, options.hyper[i], index);
+    }
+    int variant = 0;
+    for (size_t i = 0; i < options.flags.size(); ++i) {
+      if (number(dict, options.flags[i], index) != 0) variant |= 1 << i;
+    }
+    group_.rule = options.first_rule + variant;
+    group_.grad_multiplier = is_set(dict, "maximize") ? -1 : 1;
+    fallback_ = is_set(dict, "differentiable") ? "differentiable=True"
+                : is_set(dict, "capturable")   ? "capturable=True"
+                                               : nullptr;
+  }
+
+  static bool is_set(PyObject* dict, const char* key) {
+    PyObject* value = PyDict_GetItemString(dict, key);
+    return value != nullptr && PyObject_IsTrue(value) == 1;
+  }
+
+  static double number(PyObject* dict, const Option& option, int group) {
+    const auto text = [&] {
+      return "param group " + std::to_string(group) + ": option " +
+             py::repr(option.key).cast<std::string>();
+    };
+    PyObject* found = PyDict_GetItemWithError(dict, option.key.ptr());
+    if (found == nullptr) throw py::key_error(text() + " is missing");
+    auto value = py::reinterpret_borrow<py::object>(found);
+    if (option.element >= 0) {
+      value = py::reinterpret_steal<py::object>(PySequence_GetItem(found, option.element));
+    }
+    // A float, an int, a bool, or a tensor of one element.
+    const double number = value ? PyFloat_AsDouble(value.ptr()) : -1.0;
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      throw py::type_error(
+          text() + " is not a number where one is needed: " + py::repr(found).cast<std::string>());
+    }
+    return number;
+  }
+
+  Group group_;
+  const char* fallback_ = nullptr;
+  // The dict's items when it was last read, in order; a null value for the parameters. Empty when
+  // one of them could change unseen.
+  std::vector<std::pair<py::object, py::object>> seen_;
+};
+
+}  // namespace fusedopt
