@@ -42,7 +42,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("families", &families);
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, py::object>(), py::arg("family"), py::arg("unshared"))
-      .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("untouched"),
-           py::arg("created"), py::arg("grad_scale"))
+      .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("created"),
+           py::arg("grad_scale"))
       .def("run", &Stepper::run, py::arg("threads"), py::arg("stream") = false);
 }

@@ -57,8 +57,10 @@ const Isa& isa() {
   return chosen;
 }
 
+#ifdef _OPENMP
 // Below this length of the work line a second thread costs more than it brings.
 constexpr int64_t kSerial = 1 << 17;
+#endif
 
 }  // namespace
 

@@ -11,16 +11,21 @@
 
 namespace fusedopt {
 
-// "betas.0" is element 0 of the option "betas".
+// "betas.0" is element 0 of the option "betas"; "nesterov?" is 1 if the option is true, else 0.
 struct Option {
   py::object key;
-  int element;  // -1: the option itself
+  int element = -1;  // -1: the option itself
+  bool truth = false;
 
-  explicit Option(const std::string& name) {
+  explicit Option(std::string name) {
+    if (name.back() == '?') {
+      truth = true;
+      name.pop_back();
+    }
     const size_t dot = name.find('.');
+    if (dot != std::string::npos) element = std::stoi(name.substr(dot + 1));
     key =
         py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name.substr(0, dot).c_str()));
-    element = dot == std::string::npos ? -1 : std::stoi(name.substr(dot + 1));
   }
 };
 
@@ -45,15 +50,15 @@ struct FamilyOptions {
 // have thousands.)
 class GroupOptions {
  public:
-  // Reads the group and returns its list of parameters (borrowed). `index` is for messages.
+  // Reads the group and returns its parameters' sequence (borrowed). `index` is for messages.
   PyObject* read(const FamilyOptions& options, PyObject* dict, int index) {
     PyObject* params = nullptr;
     if (!is_as_before(dict, &params)) {
       read_all(options, dict, index);
       params = remember(dict);
     }
-    if (params == nullptr || !PyList_Check(params)) {
-      throw py::key_error("param group " + std::to_string(index) + " has no list \"params\"");
+    if (params == nullptr) {
+      throw py::key_error("param group " + std::to_string(index) + " has no \"params\"");
     }
     return params;
   }
@@ -136,11 +141,12 @@ class GroupOptions {
 
   static double number(PyObject* dict, const Option& option, int group) {
     const auto text = [&] {
-      return "param group " + std::to_string(group) + ": option " +
-             py::repr(option.key).cast<std::string>();
+      return "param group " + std::to_string(group) + ": " +
+             py::str(option.key).cast<std::string>();
     };
     PyObject* found = PyDict_GetItemWithError(dict, option.key.ptr());
     if (found == nullptr) throw py::key_error(text() + " is missing");
+    if (option.truth) return PyObject_IsTrue(found) == 1;
     auto value = py::reinterpret_borrow<py::object>(found);
     if (option.element >= 0) {
       value = py::reinterpret_steal<py::object>(PySequence_GetItem(found, option.element));
@@ -149,8 +155,8 @@ class GroupOptions {
     const double number = value ? PyFloat_AsDouble(value.ptr()) : -1.0;
     if (PyErr_Occurred()) {
       PyErr_Clear();
-      throw py::type_error(
-          text() + " is not a number where one is needed: " + py::repr(found).cast<std::string>());
+      throw py::type_error(text() + " is not " + (option.element < 0 ? "a number" : "of numbers") +
+                           ": " + py::repr(found).cast<std::string>());
     }
     return number;
   }

@@ -134,7 +134,7 @@ class Gate {
 // As torch.maximum: a nan on either side wins.
 template <class T>
 FUSEDOPT_HD inline T maximum(T a, T b) {
-  return (a > b) | (a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -26,7 +26,8 @@ namespace fusedopt::FUSEDOPT_ISA {
 // What the Python side must know of a rule. A family is one optimizer class with variants: the
 // group options named in `flags` (true when not zero) select the variant, flag i counting 2^i, and
 // with it the states that exist. Hyper-parameters are listed in the order in which the
-// constructors below read them; "betas.0" is the first element of the option "betas".
+// constructors below read them; "betas.0" is the first element of the option "betas", and
+// "amsgrad?" is 1 or 0 as that option is true or not.
 struct StateInfo {
   const char* name;
   int flag;  // exists when this flag is set; -1: always
@@ -57,9 +58,9 @@ struct L2Penalty {
 // the weight itself ("decoupled") where Adam adds the decay to the gradient.
 // AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
 constexpr Family kAdamFamily = {
-    "adam",      {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay"},
-    {"amsgrad"}, {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
-    true,        false};
+    "adam",       {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay?"},
+    {"amsgrad?"}, {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
+    true,         false};
 
 template <class T, bool kAmsgrad>
 struct Adam {
@@ -98,7 +99,7 @@ struct Adam {
 // gradient, undampened, and the learning rate multiplies it at every step. With dampening equal
 // to momentum it is the exponentially weighted average s_t = b s_(t-1) + (1 - b) g_t, s_1 = g_1.
 constexpr Family kSgdFamily = {
-    "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov"},
+    "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov?"},
     {"momentum"}, {{"momentum_buffer", 0}},
     false,        true};
 
@@ -133,7 +134,7 @@ struct Sgd {
 // As in torch, eps is added to the root, not under it.
 constexpr Family kRmspropFamily = {"rmsprop",
                                    {"lr", "alpha", "eps", "weight_decay", "momentum"},
-                                   {"momentum", "centered"},
+                                   {"momentum", "centered?"},
                                    {{"square_avg", -1}, {"momentum_buffer", 0}, {"grad_avg", 1}},
                                    true,
                                    false};

@@ -20,7 +20,8 @@ namespace fusedopt {
 // Reads an optimizer at every step. Of what it saw at the last one it trusts nothing that may have
 // changed since: parameters and gradients are looked at again. State is looked at again too,
 // unless nobody can have touched it: the `state` attribute has not been asked for since the last
-// step, and no one else holds a reference to its dicts and tensors or shares their memory.
+// step (its getter removes the mark `_state_seen` that gather() leaves), and no one else holds a
+// reference to its dicts and tensors or shares their memory.
 class Stepper {
  public:
   // `unshared(tensor)` says whether a tensor is the only one on its memory, and has neither weak
@@ -51,9 +52,8 @@ class Stepper {
   // (missing, fallback): `missing` lists (group, parameter, [state names]) of the state that has
   // to be created, after which gather(created=true) must be called; `fallback` lists (group,
   // parameter, reason) of what these kernels do not take and run() will leave alone.
-  // `attributes` is the optimizer's __dict__; `untouched` says that its state attribute has not
-  // been asked for since the last step.
-  py::object gather(const py::dict& attributes, bool untouched, bool created, double grad_scale) {
+  // `attributes` is the optimizer's __dict__.
+  py::object gather(const py::dict& attributes, bool created, double grad_scale) {
     if (running_) throw std::runtime_error("step() of one optimizer runs in two threads at once");
     release();
     try {
@@ -63,7 +63,9 @@ class Stepper {
       if (groups == nullptr || !PyList_Check(groups)) {
         throw py::type_error("param_groups is not a list");
       }
-      untouched_ = untouched && is_unreferenced(state);
+      PyObject* seen = PyDict_GetItemString(attributes.ptr(), "_state_seen");
+      untouched_ = seen == state && has_references(state, 2);
+      if (!untouched_) ++epoch_;
       created_ = created;
       described_ = false;
       groups_.clear();
@@ -77,6 +79,9 @@ class Stepper {
       }
       find_overlaps();
       if (overlaps_.any()) set_aside_overlaps();
+      if (seen != state && PyDict_SetItemString(attributes.ptr(), "_state_seen", state) != 0) {
+        throw py::error_already_set();
+      }
     } catch (...) {
       release();
       throw;
@@ -129,8 +134,8 @@ class Stepper {
     PyObject* states[kMaxStates] = {};
     PyObject* step = nullptr;
     int rule = -1;
-    bool known = false;     // described before, all in one shape: `shape` and `task` hold
-    bool unshared = false;  // its state's memory is its own
+    bool known = false;  // described before, all in one shape: `shape` and `task` hold
+    int64_t epoch = -1;  // when its state was found to be its own, and no one else's
     bool lacks_first = false;
     const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,
     const void* grad_sizes = nullptr;   // for prefetch()
@@ -168,12 +173,12 @@ class Stepper {
     PyObject* group_dict;
   };
 
-  static bool is_unreferenced(PyObject* object) {
+  static bool has_references(PyObject* object, Py_ssize_t n) {
 #ifdef Py_GIL_DISABLED
-    (void)object;
+    (void)object, (void)n;
     return false;  // counts are split between threads
 #else
-    return Py_REFCNT(object) == 1;
+    return Py_REFCNT(object) == n;
 #endif
   }
 
@@ -181,6 +186,7 @@ class Stepper {
     for (PyObject* grad : grads_) Py_DECREF(grad);
     grads_.clear();
     active_.clear();
+    param_lists_.clear();
   }
 
   static std::string describe_place(const Place& place) {
@@ -224,7 +230,11 @@ class Stepper {
   void gather_group(int index, PyObject* dict, double grad_scale) {
     if (size_t(index) == options_.size()) options_.emplace_back();
     GroupOptions& options = options_[index];
-    PyObject* params = options.read(*family_options_, dict, index);
+    // Usually a list; stock iterates over whatever it is.
+    const py::object params = py::reinterpret_steal<py::object>(PySequence_Fast(
+        options.read(*family_options_, dict, index), "a param group's params are not a sequence"));
+    if (!params) throw py::error_already_set();
+    param_lists_.push_back(params);  // keeps the parameters alive until the step is over
     groups_.push_back(options.group());
     groups_.back().grad_multiplier /= grad_scale;
 
@@ -233,10 +243,10 @@ class Stepper {
     for (size_t i = 0; i < state_names_.size(); ++i) {
       if (has_state(groups_.back().rule, i)) group_states_[n_states_++] = state_names_[i];
     }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
       prefetch(entry_ + 1 + kAhead);
       if (size_t(++entry_) == entries_.size()) entries_.emplace_back();
-      gather_param({index, i, dict}, PyList_GET_ITEM(params, i), options.fallback());
+      gather_param({index, i, dict}, PySequence_Fast_GET_ITEM(params.ptr(), i), options.fallback());
     }
   }
 
@@ -280,11 +290,7 @@ class Stepper {
   bool is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
     if (!entry.known || entry.param != param || entry.rule != groups_.back().rule) return false;
     if (entry.state_dict != nullptr) {
-      if (!untouched_ || !entry.unshared || !is_unreferenced(entry.state_dict)) return false;
-      for (int k = 0; k < n_states_; ++k) {
-        if (!is_unreferenced(entry.states[k])) return false;
-      }
-      if (entry.step != nullptr && !is_unreferenced(entry.step)) return false;
+      if (!untouched_ || entry.epoch != epoch_ || is_referenced(entry)) return false;
     }
     View p, g;
     if (read_tensor(param, &p) != Reading::kOk || read_tensor(grad, &g) != Reading::kOk) {
@@ -352,9 +358,17 @@ class Stepper {
     for (int k = 0; k < n_states_; ++k) {
       entry.known = entry.known && task.state[k].layout == nullptr;
     }
-    entry.unshared =
-        entry.known && untouched_ && entry.state_dict != nullptr && has_own_memory(entry);
+    const bool own = entry.known && untouched_ && entry.state_dict != nullptr;
+    entry.epoch = own && !is_referenced(entry) && has_own_memory(entry) ? epoch_ : -1;
     return true;
+  }
+
+  // Whether someone else holds the state's dict or one of its tensors.
+  bool is_referenced(const Entry& entry) const {
+    bool alone = has_references(entry.state_dict, 1) &&
+                 (entry.step == nullptr || has_references(entry.step, 1));
+    for (int k = 0; k < n_states_; ++k) alone = alone && has_references(entry.states[k], 1);
+    return !alone;
   }
 
   bool has_own_memory(const Entry& entry) const {
@@ -509,12 +523,14 @@ class Stepper {
   // Of the step being taken.
   std::vector<Group> groups_;
   std::vector<Active> active_;
+  std::vector<py::object> param_lists_;
   std::vector<PyObject*> grads_;  // owned until the step is over
   std::vector<const Task*> tasks_;
   std::vector<int64_t> begin_;
   py::list missing_, fallback_;
   PyObject* state_ = nullptr;
   bool untouched_ = false;
+  int64_t epoch_ = 0;  // counts the gathers that found the state touched
   bool created_ = false;
   bool described_ = false;  // something may lie elsewhere than before
   bool running_ = false;

@@ -28,12 +28,12 @@ class Stepper:
         """unshared(tensor): whether nothing else leads to the tensor's memory."""
 
     def gather(
-        self, attributes: dict[str, Any], untouched: bool, created: bool, grad_scale: float
+        self, attributes: dict[str, Any], created: bool, grad_scale: float
     ) -> tuple[list[tuple[int, int, list[str]]], list[tuple[int, int, str]]] | None:
         """Reads and checks everything, and writes nothing.
 
-        attributes: the optimizer's __dict__. untouched: its state has not been asked for since
-        the last step.
+        attributes: the optimizer's __dict__; what gather() leaves there as "_state_seen" must be
+        removed when someone asks for the state.
 
         Returns None when run() may follow; else (missing, fallback). missing: (group, parameter,
         names) of state that must be created, after which gather(created=True) must be called.

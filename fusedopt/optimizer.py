@@ -71,13 +71,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The optimizer's state: for each parameter, a dict of its tensors."""
-        self.__dict__["_state_touched"] = True
+        self.__dict__.pop("_state_seen", None)
         state: defaultdict[Tensor, Any] = self.__dict__["state"]
         return state
 
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["_state_touched"] = True
+        self.__dict__.pop("_state_seen", None)
         self.__dict__["state"] = value
 
     @overload
@@ -114,16 +114,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _fused_step(self, stream: bool = False) -> None:
         """One step; with ``stream``, a benchmark's stand-in that only moves the same bytes."""
-        attributes = self.__dict__
-        stepper: _C.Stepper | None = attributes.get("_stepper")
+        stepper: _C.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
             stepper = self._stepper = _C.Stepper(self._family, _unshared)
-        untouched = not attributes.get("_state_touched", True)
-        attributes["_state_touched"] = False
         grad_scale = getattr(self, "grad_scale", None)
         scale = 1.0 if grad_scale is None else float(grad_scale)
 
-        report = stepper.gather(attributes, untouched, False, scale)
+        report = stepper.gather(self.__dict__, False, scale)
         if report is not None:
             self._prepare(stepper, *report, scale)
         # State is no part of any graph, but parameters are: autograd must know they changed.
@@ -136,7 +133,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         created = self._create_state(missing)
         try:
             if created:
-                report = stepper.gather(self.__dict__, False, True, scale)
+                report = stepper.gather(self.__dict__, True, scale)
                 fallback = report[1] if report is not None else []
             for group, index, _ in fallback:  # torch creates its own
                 self._discard_state(group, index, created.pop((group, index), []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import resource
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,7 +155,10 @@ def check(
     plain = train(case.ours(make(shapes, dtype, place)), lambda v: place(gradient(v)), dtype)
     assert_same(ours, plain, rtol=0, atol=0)
     if dtype.itemsize > 2:  # in half precision, stock rounds after every operation: test_parity
-        stock = train(case.stock(make(shapes, dtype, layout)), gradient, dtype)
+        # Of lazily conjugated gradients, stock takes some and refuses others.
+        stock = train(
+            case.stock(make(shapes, dtype, layout)), lambda v: gradient(v).resolve_conj(), dtype
+        )
         assert_same(ours, stock)
 
 
