@@ -345,7 +345,7 @@ class Stepper {
       task.state[k] = {states[k].data, states[k].dtype, nullptr};
       plain = plain && is_row_major(states[k]);
     }
-    if (!plain && !arrange(entry, param, p, states, grad, g)) {
+    if (!plain && !arrange(entry, place, param, p, states, grad, g)) {
       return fall_back(place, "a parameter whose elements may overlap in memory"), false;
     }
 
@@ -391,13 +391,24 @@ class Stepper {
     PyObject* dict = state_of(param);
     if (dict != nullptr && !PyDict_Check(dict)) fail(place, "its state is not a dict");
     py::list missing;
-    const auto find = [&](PyObject* name) {
+    std::string lost;  // without it, what is there means nothing
+    bool any = false;
+    const auto find = [&](PyObject* name, bool optional) {
       PyObject* value = dict == nullptr ? nullptr : PyDict_GetItemWithError(dict, name);
-      if (value == nullptr || value == Py_None) missing.append(py::handle(name));
+      if (value == nullptr || value == Py_None) {
+        missing.append(py::handle(name));
+        if (!optional) lost = py::repr(name).cast<std::string>();
+      } else {
+        any = any || !optional;
+      }
       return value;
     };
-    if (family_->counts_steps) entry.step = find(k_step);
-    for (int k = 0; k < n_states_; ++k) entry.states[k] = find(group_states_[k]);
+    if (family_->counts_steps) entry.step = find(k_step, false);
+    for (size_t i = 0, k = 0; i < state_names_.size(); ++i) {
+      if (!has_state(groups_.back().rule, i)) continue;
+      entry.states[k++] = find(state_names_[i], family_->states[i].flag >= 0);
+    }
+    if (any && !lost.empty()) fail(place, "its state lacks " + lost);
     if (!missing.empty()) {
       entry.lacks_first = family_->first_writes_state;
       missing_.append(py::make_tuple(place.group, place.index, missing));
@@ -430,8 +441,13 @@ class Stepper {
   }
 
   // The general case of layouts. False when elements of what is written may overlap.
-  bool arrange(Entry& entry, PyObject* param, const View& p, const View* states, PyObject* grad,
-               View g) {
+  bool arrange(Entry& entry, const Place& place, PyObject* param, const View& p, const View* states,
+               PyObject* grad, View g) {
+    for (int d = 0; d < p.ndim; ++d) {
+      if (p.size[d] > 1 && p.stride != nullptr && p.stride[d] == 0) {
+        fail(place, "some of its elements refer to a single memory location; clone() it first");
+      }
+    }
     if (!never_overlaps(p) || is_lazy(param)) return false;
     Task& task = entry.task;
     if (is_lazy(grad)) {

@@ -17,10 +17,6 @@ def cpu_isas() -> str:
 def cpu_has_threads() -> bool:
     """False in a build without OpenMP."""
 
-def families() -> dict[str, dict[str, Any]]:
-    """For each rule family: "states", a list of (name, option that makes it exist or None), and
-    "counts_steps", whether state["step"] is kept."""
-
 class Stepper:
     """Takes the steps of one optimizer: gather(), then run()."""
 

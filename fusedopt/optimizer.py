@@ -146,20 +146,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _create_state(self, missing: _Missing) -> dict[tuple[int, int], list[str]]:
         """Create what is missing in ``self.state``; returns what was, by parameter."""
-        always = {"step"} | {
-            name for name, option in _C.families()[self._family]["states"] if option is None
-        }
-        new = []
-        for group_index, index, names in missing:
-            group = self.param_groups[group_index]
-            param = group["params"][index]
-            present = always & self.state[param].keys()
-            if present and always.intersection(names):
-                raise RuntimeError(
-                    f"parameter {index} of group {group_index}: its state has "
-                    f"{sorted(present)} but lacks {names}"
-                )
-            new += [(param, group, name) for name in names]
+        new = [
+            (self.param_groups[group]["params"][index], self.param_groups[group], name)
+            for group, index, names in missing
+            for name in names
+        ]
         # All tensors before the first entry: when memory runs out, nothing has changed.
         tensors = [
             torch.zeros((), dtype=self._step_dtype(group))
@@ -183,9 +174,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
     def _discard_state(self, group: int, index: int, names: list[str]) -> None:
-        state = self.state[self.param_groups[group]["params"][index]]
+        param = self.param_groups[group]["params"][index]
         for name in names:
-            del state[name]
+            self.state[param].pop(name, None)
+        if not self.state[param]:
+            del self.state[param]
 
     def _torch_step(self, fallback: _Fallback, scale: float) -> None:
         """Update some parameters by the stock class's own step."""
@@ -208,8 +201,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             {**group, "params": chosen.get(i, []), **({"fused": False} if "fused" in group else {})}
             for i, group in enumerate(saved["param_groups"])
         ]
+        stateless = [p for params in chosen.values() for p in params if p not in self.state]
         try:
             step(self)
+        except BaseException:
+            for param in stateless:
+                self.state.pop(param, None)
+            raise
         finally:
             attributes.update(saved)
 
