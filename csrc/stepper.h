@@ -340,7 +340,8 @@ class Stepper {
     task.numel = count(p) * (p.complex ? 2 : 1);
     task.param = {p.data, p.dtype, nullptr};
     task.grad = {g.data, g.dtype, nullptr};
-    bool plain = p.ndim > 0 && !p.complex && is_row_major(p) && is_row_major(g);
+    // A lazily negated tensor of several elements has gaps: it is half of a complex one.
+    bool plain = task.numel > 1 && !p.complex && is_row_major(p) && is_row_major(g);
     for (int k = 0; k < n_states_; ++k) {
       task.state[k] = {states[k].data, states[k].dtype, nullptr};
       plain = plain && is_row_major(states[k]);
