@@ -18,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, py::object>(), py::arg("family"), py::arg("unshared"))
       .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("created"),
            py::arg("grad_scale"))
+      .def("updated", &Stepper::updated)
       .def("run", &Stepper::run, py::arg("threads"), py::arg("stream") = false);
 }

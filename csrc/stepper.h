@@ -90,10 +90,19 @@ class Stepper {
     return py::make_tuple(missing_, fallback_);
   }
 
-  // Carries out what gather() found, and returns the parameters that were updated. With `stream`
-  // the rule is replaced by one that moves the same bytes and computes nothing of use: for
-  // benchmarks, on tensors that may be spoilt.
-  py::list run(int threads, bool stream) {
+  // The parameters that run() will update.
+  py::list updated() const {
+    py::list params(active_.size());
+    for (size_t i = 0; i < active_.size(); ++i) {
+      Py_INCREF(active_[i].param);
+      PyList_SET_ITEM(params.ptr(), Py_ssize_t(i), active_[i].param);
+    }
+    return params;
+  }
+
+  // Carries out what gather() found. With `stream` the rule is replaced by one that moves the same
+  // bytes and computes nothing of use: for benchmarks, on tensors that may be spoilt.
+  void run(int threads, bool stream) {
     begin_.assign(1, 0);
     tasks_.clear();
     for (const Active& active : active_) {
@@ -116,13 +125,7 @@ class Stepper {
       }
       running_ = false;
     }
-    py::list updated(active_.size());
-    for (size_t i = 0; i < active_.size(); ++i) {
-      Py_INCREF(active_[i].param);
-      PyList_SET_ITEM(updated.ptr(), Py_ssize_t(i), active_[i].param);
-    }
     release();
-    return updated;
   }
 
  private:

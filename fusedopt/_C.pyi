@@ -36,5 +36,8 @@ class Stepper:
         fallback: (group, parameter, reason) of what run() will leave to torch.
         """
 
-    def run(self, threads: int, stream: bool = False) -> list[torch.Tensor]:
-        """Carries out what gather() found, without the GIL; returns the updated parameters."""
+    def updated(self) -> list[torch.Tensor]:
+        """The parameters that run() will update."""
+
+    def run(self, threads: int, stream: bool = False) -> None:
+        """Carries out what gather() found, without the GIL."""

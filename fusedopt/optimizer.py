@@ -123,8 +123,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         report = stepper.gather(self.__dict__, False, scale)
         if report is not None:
             self._prepare(stepper, *report, scale)
-        # State is no part of any graph, but parameters are: autograd must know they changed.
-        increment_version(stepper.run(torch.get_num_threads(), stream))
+        # State is no part of any graph, but parameters are: autograd must know they changed. Told
+        # now, while gather() has the tensors in the processor's cache.
+        increment_version(stepper.updated())
+        stepper.run(torch.get_num_threads(), stream)
 
     def _prepare(
         self, stepper: _C.Stepper, missing: _Missing, fallback: _Fallback, scale: float

@@ -25,6 +25,9 @@ CLASSES = [
     Case("Momentum", {"lr": 0.1, "dampening": 0.9}),
 ]
 
+# Enough steps for an optimizer to have seen everything unchanged, and to trust what it knows.
+SETTLED = 5
+
 SHAPES = [(4, 3), (17,), (), (2, 3, 2, 2)]
 
 

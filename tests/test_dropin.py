@@ -22,6 +22,7 @@ import torch
 from cases import Case
 from helpers import (
     CLASSES,
+    SETTLED,
     Twins,
     assert_same,
     classes,
@@ -47,9 +48,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fusedopt
 
 STOCK = {case.name: getattr(torch.optim, case.name, torch.optim.SGD) for case in CLASSES}
-
-# Enough steps for an optimizer to have seen everything unchanged, and to trust what it knows.
-SETTLED = 5
 
 
 # --- The class ---------------------------------------------------------------------------------
@@ -309,14 +307,29 @@ def test_options_may_be_tensors(case: Case) -> None:
     twins.step()
 
 
-def test_a_tensor_lr_changed_in_place_counts() -> None:
-    p, lr = Parameter(torch.ones(2)), torch.tensor(0.5)
-    optimizer = fusedopt.SGD([p], lr=lr)
-    for _ in range(SETTLED):
-        p.grad = torch.ones(2)
-        optimizer.step()
-        lr *= 0.5
-    torch.testing.assert_close(p.detach(), torch.full((2,), 1 - 0.96875))
+MUTABLE = {
+    "tensor_lr": ("lr", lambda: torch.tensor(0.5), lambda lr: lr.mul_(0.5)),
+    "array_lr": ("lr", lambda: numpy.array(0.5), lambda lr: numpy.multiply(lr, 0.5, out=lr)),
+    "list_of_betas": ("betas", lambda: [0.5, 0.6], lambda betas: betas.reverse()),
+    "tensor_betas": (
+        "betas",
+        lambda: (torch.tensor(0.5), torch.tensor(0.6)),
+        lambda betas: betas[0].add_(0.2),
+    ),
+}
+
+
+@table("mutable", MUTABLE)
+def test_options_changed_in_place_count(mutable: tuple[str, Callable, Callable]) -> None:
+    name, make, change = mutable
+    twins = Twins(Case("AdamW", {"lr": 0.1})).step(SETTLED)
+    for optimizer in twins:
+        optimizer.param_groups[0][name] = make()
+    for _ in range(3):
+        twins.step(SETTLED)
+        for optimizer in twins:
+            change(optimizer.param_groups[0][name])
+    twins.step()
 
 
 # --- Copies and checkpoints --------------------------------------------------------------------
@@ -355,15 +368,24 @@ RELAYS = [
 ]
 
 
-@every_class
+# Each class as it is, and with fused=True if it takes that.
+with_fused = pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        pytest.param(case, options, id="-".join([case.name, *options]))
+        for case in CLASSES
+        for options in ({}, {"fused": True})
+        if not options or "fused" in inspect.signature(getattr(fusedopt, case.name)).parameters
+    ],
+)
+
+
+@with_fused
 @pytest.mark.parametrize("relay", RELAYS, ids="-".join)
-@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["default", "fused"])
 def test_checkpoints_pass_between_ours_and_stock(
     case: Case, relay: tuple[str, ...], options: dict[str, Any]
 ) -> None:
     """Each runner takes over the weights and a saved file; the end is stock's of one long run."""
-    if options and case.name in ("RMSprop", "Momentum"):
-        pytest.skip("takes no `fused`")
     params, saved = make_params(), None
     for leg, runner in enumerate(relay):
         params = copy.deepcopy(params)
@@ -956,14 +978,11 @@ def test_no_grad_and_inference_mode(case: Case) -> None:
     twins.step()
 
 
-@every_class
-@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["default", "fused"])
+@with_fused
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_step_counters_follow_the_default_dtype(
     case: Case, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    if options and case.name in ("RMSprop", "Momentum"):
-        pytest.skip("takes no `fused`")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -1029,8 +1048,8 @@ class Watched:
     def __init__(self, stepper: Any, progress: list[int]) -> None:
         self.stepper, self.progress, self.advanced = stepper, progress, False
 
-    def gather(self, *args: Any) -> Any:
-        return self.stepper.gather(*args)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stepper, name)
 
     def run(self, *args: Any) -> Any:
         before = self.progress[0]
@@ -1210,6 +1229,17 @@ def test_sparse_gradients_are_refused_as_by_stock(name: str, dense_steps: int, l
     assert mine == error_of(stock.step) is not None
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+@pytest.mark.filterwarnings("ignore:.*to torch's own")
+def test_a_refusal_also_leaves_the_others_that_torch_takes(name: str) -> None:
+    model, others = Bag(), shared_params()
+    optimizer = getattr(fusedopt, name)([*others, *model.parameters()])
+    set_grads(others, 0)
+    model.set_grads(0)
+    with nothing_written(optimizer), pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -1281,13 +1311,15 @@ def test_wrapper_subclasses(case: Case) -> None:
 
 @every_class
 def test_fake_tensors(case: Case) -> None:
+    def describe(optimizer: Optimizer, params: list[Tensor]) -> dict[str, tuple]:
+        for grad in (torch.ones(2, 3), torch.zeros(2, 3)):
+            params[0].grad = grad
+            optimizer.step()
+        return {k: (type(v), v.shape, v.dtype) for k, v in optimizer.state[params[0]].items()}
+
     with FakeTensorMode(), falls_back():
-        p = Parameter(torch.zeros(2, 3))
-        p.grad = torch.ones(2, 3)
-        optimizer = case.ours([p])
-        optimizer.step()
-        optimizer.step()
-        assert optimizer.state[p].keys() == case.stock([p]).state[p].keys() | optimizer.state[p]
+        mine, theirs = Twins(case, lambda: [Parameter(torch.zeros(2, 3))]).each(describe)
+    assert mine == theirs
 
 
 class Tagged(Parameter):
@@ -1361,6 +1393,8 @@ def test_a_parameter_that_overlaps_itself_is_refused(case: Case, steps: int) -> 
     set_grads([first, second], steps)
     with nothing_written(optimizer), pytest.raises(RuntimeError, match="single memory location"):
         optimizer.step()
+    second.data = torch.ones(4)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
@@ -1391,23 +1425,7 @@ def replace_state(value: Callable[[Tensor], Any]) -> Callable:
 
 
 def replace_step(value: Any) -> Callable:
-    def spoil(optimizer: Optimizer, param: Tensor) -> None:
-        if "step" not in optimizer.state[param]:
-            pytest.skip("counts no steps")
-        optimizer.state[param]["step"] = value
-
-    return spoil
-
-
-def delete_state(optimizer: Optimizer, param: Tensor) -> None:
-    if "step" not in optimizer.state[param]:
-        pytest.skip("its only state is created when it is missing, as by stock")
-    del optimizer.state[param][first_state(optimizer, param)]
-
-
-def delete_step(optimizer: Optimizer, param: Tensor) -> None:
-    replace_step(None)(optimizer, param)
-    del optimizer.state[param]["step"]
+    return lambda optimizer, param: optimizer.state[param].update(step=value)
 
 
 BAD_STEPS: dict[str, tuple[Callable[[Optimizer, Tensor], None], str]] = {
@@ -1424,9 +1442,13 @@ BAD_STEPS: dict[str, tuple[Callable[[Optimizer, Tensor], None], str]] = {
     "state_on_meta": (replace_state(lambda t: t.to("meta")), "is not a dense floating-point"),
     "state_sparse": (replace_state(Tensor.to_sparse), "is not a dense floating-point"),
     "state_number": (replace_state(lambda _: 1.0), "is not a dense floating-point tensor"),
-    "state_deleted": (delete_state, "lacks"),
     "state_not_a_dict": (lambda o, p: o.state.update({p: [1]}), "its state is not a dict"),
-    "step_deleted": (delete_step, "lacks"),
+}
+
+# Where steps are counted. (SGD's only state is created when it is missing, as by stock.)
+BAD_COUNTED_STEPS = {
+    "state_deleted": (lambda o, p: o.state[p].pop(first_state(o, p)), "lacks"),
+    "step_deleted": (lambda o, p: o.state[p].pop("step"), "lacks"),
     "step_number": (replace_step(3), r"state\['step'\] is not a"),
     "step_int": (replace_step(torch.tensor(3)), r"state\['step'\] is not a"),
     "step_two": (replace_step(torch.ones(2)), r"state\['step'\] is not a"),
@@ -1443,14 +1465,22 @@ def bad_model(named: bool) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups]
 
 
-@table("bad", BAD_STEPS)
-@every_class
+@pytest.mark.parametrize(
+    ("case", "spoil", "message"),
+    [
+        pytest.param(case, spoil, message, id=f"{case.name}-{name}")
+        for case in CLASSES
+        for name, (spoil, message) in {
+            **BAD_STEPS,
+            **({} if case.name in ("SGD", "Momentum") else BAD_COUNTED_STEPS),
+        }.items()
+    ],
+)
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_bad_steps_name_the_parameter_and_write_nothing(
-    case: Case, bad: tuple, named: bool
+    case: Case, spoil: Callable, message: str, named: bool
 ) -> None:
-    spoil, message = bad
     optimizer = case.ours(bad_model(named))
     params = params_of(optimizer)
     for step in range(SETTLED):
@@ -1578,9 +1608,7 @@ def test_fault_3_a_skipped_first_step(case: Case) -> None:
 
 @every_fused_class
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fault_4_half_precision_moves(
-    case: Case, dtype: torch.dtype
-) -> None:
+def test_fault_4_half_precision_moves(case: Case, dtype: torch.dtype) -> None:
     def make() -> list[Parameter]:
         return make_params([(64,)], dtype)
 
