@@ -355,10 +355,10 @@ class Stepper {
 
     entry.param = param;
     entry.rule = groups_.back().rule;
-    // A gradient with the parameter's own strides will then need no thought. (0-dim and complex
-    // ones always do: they may be lazily negated or conjugated.)
+    // A gradient with the parameter's own strides will then need no thought. (Single elements and
+    // complex ones always do: they may be lazily negated or conjugated.)
     entry.known =
-        p.ndim > 0 && !p.complex && entry.shape.remember(p) && task.param.layout == nullptr;
+        task.numel > 1 && !p.complex && entry.shape.remember(p) && task.param.layout == nullptr;
     for (int k = 0; k < n_states_; ++k) {
       entry.known = entry.known && task.state[k].layout == nullptr;
     }

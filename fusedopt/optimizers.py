@@ -89,9 +89,7 @@ class Momentum(SGD):
         *,
         maximize: bool = False,
     ) -> None:
-        # The base class copies its defaults into groups that lack an option, so what the group
-        # itself said is only known in add_param_group.
-        self._default_dampening = dampening
+        self._follows = dampening is None  # for add_param_group, which the base class calls
         super().__init__(
             params,
             lr,
@@ -103,22 +101,30 @@ class Momentum(SGD):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its ``dampening`` follows its momentum unless it is given a number."""
-        given = param_group.get("dampening", self._default_dampening)
-        super().add_param_group({**param_group, "dampening": 0.0 if given is None else given})
-        group = self.param_groups[-1]
-        group["dampening_follows"] = given is None
+        group = dict(param_group)
+        if "dampening_follows" not in self.defaults:
+            self.defaults["dampening_follows"] = self._follows
+        follows = self.defaults["dampening_follows"]
+        if "dampening" in group:
+            follows = group["dampening_follows"] = group["dampening"] is None
+        if follows:
+            group["dampening"] = group.get("momentum", self.defaults["momentum"])
+        super().add_param_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As stock's; the dampening is that of the next step."""
         self._follow()
+        return super().state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; a checkpoint of SGD follows when its dampening equals its momentum."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_default_dampening", None)
         for group in self.param_groups:
             group.setdefault("dampening_follows", group["dampening"] == group["momentum"])
 
     def _follow(self) -> None:
         for group in self.param_groups:
-            if group["dampening_follows"]:
+            if group.get("dampening_follows"):
                 group["dampening"] = group["momentum"]
 
     def _fused_step(self, stream: bool = False) -> None:

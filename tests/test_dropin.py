@@ -38,6 +38,8 @@ from helpers import (
     state_names,
     table,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
@@ -589,7 +591,7 @@ def clear_state(optimizer: Optimizer, _: list[Tensor]) -> None:
 
 
 def forget_one(optimizer: Optimizer, params: list[Tensor]) -> None:
-    del optimizer.state[params[1]]
+    optimizer.state.pop(params[1], None)
     complete_state(optimizer)
 
 
@@ -653,7 +655,7 @@ def insert_parameter(optimizer: Optimizer, _: list[Tensor]) -> None:
 
 
 def split_group(optimizer: Optimizer, _: list[Tensor]) -> None:
-    param = optimizer.param_groups[0]["params"].pop(1)
+    param = optimizer.param_groups[0]["params"].pop()
     state = optimizer.state[param]
     optimizer.add_param_group({"params": [param], "lr": 0.2})
     optimizer.state[param] = state
@@ -720,7 +722,9 @@ EDITS: dict[str, Callable[[Optimizer, list[Tensor]], Any]] = {
     "state_by_setstate": set_state,
     "state_of_a_new_run": load_no_state,
     "state_none": no_buffers,
-    "state_reordered": lambda o, _: setattr(o, "state", dict(reversed(o.state.items()))),
+    "state_reordered": lambda o, _: setattr(
+        o, "state", defaultdict(dict, reversed(o.state.items()))
+    ),
     "steps": set_steps,
     "nothing_but_a_look": lambda o, params: repr(o.state[params[0]]),
 }
@@ -736,7 +740,7 @@ def go_on_without_some_gradients(twins: Twins) -> None:
     twins.step(SETTLED)
 
 
-def go_on_after_a_failure(twins: Twins) -> None:
+def go_on_after_a_failure(twins: Twins, steps: int = SETTLED) -> None:
     """As before, when a step stops half way through its checks."""
     twins.set_grads()
     groups = twins.ours.param_groups
@@ -745,7 +749,7 @@ def go_on_after_a_failure(twins: Twins) -> None:
         with pytest.raises(TypeError, match=f"param group {place}: lr is not a number"):
             twins.ours.step()
         del groups[place]
-    twins.step(SETTLED)
+    twins.step(steps)
 
 
 sequels = table(
@@ -823,7 +827,7 @@ HELD: dict[str, tuple[Callable[[Any, Tensor, str], Any], Callable[[Any, Tensor, 
         lambda storage, *_: resize_storage(torch.empty(0).set_(storage)),
     ),
     "view": (
-        lambda state, p, name: state[p][name].view(-1),
+        lambda state, p, name: state[p][name][:1],
         lambda view, *_: resize_storage(view),
     ),
     "detached": (
@@ -832,7 +836,7 @@ HELD: dict[str, tuple[Callable[[Any, Tensor, str], Any], Callable[[Any, Tensor, 
     ),
     "weak_reference": (
         lambda state, p, name: weakref.ref(state[p][name]),
-        lambda ref, *_: assign(ref(), ref() * 2),
+        lambda ref, *_: ref() is not None and assign(ref(), ref() * 2),
     ),
     "script_list": (
         lambda state, p, name: torch.ScriptList([state[p][name]]),
@@ -856,7 +860,7 @@ HELD: dict[str, tuple[Callable[[Any, Tensor, str], Any], Callable[[Any, Tensor, 
     ),
     "state_method": (
         lambda state, p, name: state.get,
-        lambda get, p, name: assign(get(p)[name], get(p)[name] * 2),
+        lambda get, p, name: [assign(v, v * 2) for v in get(p, {}).values()],
     ),
     "state_values": (
         lambda state, p, name: state.values(),
@@ -883,6 +887,64 @@ def test_what_was_held_may_change(
     if released:
         handles.clear()
     sequel(twins)
+
+
+# Of the tables above, what can be done in any order: nothing that takes parameters or buffers away,
+# makes memory that cannot be resized, or swaps what others hold.
+ANY_TIME = [
+    name
+    for name in EDITS
+    if not name.startswith("params_")
+    and "processes" not in name
+    and name not in ("param_moved_to_a_group", "state_none")
+]
+GRABS = [
+    name for name in HELD if name not in ("numpy", "tensor_swapped") and "processes" not in name
+]
+ACTIONS = st.one_of(
+    st.tuples(st.just("step"), st.integers(1, SETTLED)),
+    st.tuples(st.just("step without"), st.sets(st.integers(0, 3))),
+    st.tuples(st.just("fail"), st.just(None)),
+    st.tuples(st.just("edit"), st.sampled_from(ANY_TIME)),
+    st.tuples(st.just("grab"), st.sampled_from(GRABS)),
+    st.tuples(st.just("change"), st.integers(0, 3)),
+    st.tuples(st.just("release"), st.integers(0, 3)),
+)
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, database=None, report_multiple_bugs=False
+)
+@given(
+    case=st.sampled_from([case for case in CLASSES if case.name in ("AdamW", "SGD")]),
+    actions=st.lists(ACTIONS, min_size=8, max_size=30),
+)
+def test_random_histories(case: Case, actions: list[tuple[str, Any]]) -> None:
+    twins = Twins(case).step(2)
+    held: list[tuple[Callable, str, list[Any]]] = []
+    for action, what in actions:
+        if action == "step":
+            twins.step(what)
+        elif action == "step without":
+            twins.step(wanted=lambda _, index, without=what: index not in without)
+        elif action == "fail":
+            go_on_after_a_failure(twins, 0)
+        elif action == "edit":
+            twins.each(EDITS[what])
+        elif action == "grab" and (names := state_names(twins.ours, params_of(twins.ours)[0])):
+            grab, change = HELD[what]
+            name = names[0]
+            handles = twins.each(lambda o, params, g=grab, n=name: g(o.state, params[0], n))
+            held.append((change, name, handles))
+            del handles
+        elif action == "change" and what < len(held):
+            change, name, handles = held[what]
+            for number, optimizer in enumerate(twins):
+                change(handles[number], params_of(optimizer)[0], name)
+            del handles
+        elif action == "release" and what < len(held):
+            del held[what]
+    twins.step(2)
 
 
 @classes("Adam", "Adagrad")
