@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 # every instruction set rounds alike.
 # -fno-math-errno, -fno-trapping-math: let sqrt and selects be vectorized; they leave results,
 # nan and inf among them, alone. (-ffast-math would not.)
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 X86_KERNELS = {
     "cpu_avx2.cpp": ["-mavx2", "-mfma"],

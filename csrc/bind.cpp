@@ -16,6 +16,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_has_threads", &cpu_has_threads);
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<const std::string&, py::object>(), py::arg("family"), py::arg("unshared"))
+      .def("begin", &Stepper::begin)
+      .def("end", &Stepper::end)
+      .def("forget", &Stepper::forget)
+      // A copy of an optimizer makes a stepper of its own.
+      .def("__reduce__",
+           [](const Stepper&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); })
       .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("created"),
            py::arg("grad_scale"))
       .def("updated", &Stepper::updated)

@@ -24,10 +24,11 @@ const Isa* isas() {
   static const Isa list[] = {
 #ifdef FUSEDOPT_X86
       {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
        avx512::update_range},
-      {"avx2", __builtin_cpu_supports("avx2") != 0, avx2::update_range},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::update_range},
 #endif
       {"base", true, base::update_range},
   };

@@ -70,8 +70,8 @@ class GroupOptions {
   const char* fallback() const { return fallback_; }
 
  private:
-  static bool is_params(PyObject* key) {
-    return PyUnicode_CompareWithASCIIString(key, "params") == 0;
+  static bool is_key(PyObject* key, const char* name) {
+    return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
   }
 
   static bool is_immutable(PyObject* value) {
@@ -92,7 +92,7 @@ class GroupOptions {
     for (const auto& [seen_key, seen_value] : seen_) {
       if (!PyDict_Next(dict, &position, &key, &value) || key != seen_key.ptr()) return false;
       if (!seen_value) {
-        *params = value;
+        if (is_key(key, "params")) *params = value;
       } else if (value != seen_value.ptr()) {
         return false;
       }
@@ -109,8 +109,8 @@ class GroupOptions {
     Py_ssize_t position = 0;
     PyObject *key, *value;
     while (PyDict_Next(dict, &position, &key, &value)) {
-      const bool is_list = PyUnicode_Check(key) && is_params(key);
-      if (is_list) params = value;
+      const bool is_list = is_key(key, "params") || is_key(key, "param_names");
+      if (is_key(key, "params")) params = value;
       immutable = immutable && (is_list || is_immutable(value));
       seen_.emplace_back(py::reinterpret_borrow<py::object>(key),
                          is_list ? py::object() : py::reinterpret_borrow<py::object>(value));
@@ -163,7 +163,8 @@ class GroupOptions {
 
   Group group_;
   const char* fallback_ = nullptr;
-  // The dict's items when it was last read, in order; a null value for the parameters. Empty when
+  // The dict's items when it was last read, in order; a null value for the parameters and
+  // their names. Empty when
   // one of them could change unseen.
   std::vector<std::pair<py::object, py::object>> seen_;
 };

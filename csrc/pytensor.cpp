@@ -88,6 +88,7 @@ Reading read_tensor(PyObject* object, View* view) {
   view->ndim = t.ndim;
   view->size = t.shape;
   view->stride = t.strides;
+  if (t.data == nullptr && count(*view) > 0) return Reading::kOther;  // no memory behind it
   return Reading::kOk;
 }
 

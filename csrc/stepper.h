@@ -48,34 +48,47 @@ class Stepper {
     for (PyObject* key : state_names_) Py_DECREF(key);
   }
 
+  // One step at a time: begin(), the step, end().
+  void begin() {
+    if (busy_) throw std::runtime_error("step() was called while another one runs, or within it");
+    busy_ = true;
+  }
+  void end() {
+    busy_ = false;
+    release();
+  }
+
+  // Lets go of the state: someone may be about to replace it, and count on its memory.
+  void forget() {
+    if (busy_) return;
+    for (Entry& entry : entries_) entry.forget();
+  }
+
   // Looks at everything and checks it. Nothing is written. Returns None when run() may follow, or
   // (missing, fallback): `missing` lists (group, parameter, [state names]) of the state that has
   // to be created, after which gather(created=true) must be called; `fallback` lists (group,
   // parameter, reason) of what these kernels do not take and run() will leave alone.
   // `attributes` is the optimizer's __dict__.
   py::object gather(const py::dict& attributes, bool created, double grad_scale) {
-    if (running_) throw std::runtime_error("step() of one optimizer runs in two threads at once");
     release();
     try {
       PyObject* state = PyDict_GetItemString(attributes.ptr(), "state");
       PyObject* groups = PyDict_GetItemString(attributes.ptr(), "param_groups");
       if (state == nullptr || !PyDict_Check(state)) throw py::type_error("state is not a dict");
-      if (groups == nullptr || !PyList_Check(groups)) {
-        throw py::type_error("param_groups is not a list");
-      }
+      if (groups == nullptr) throw py::type_error("there are no param_groups");
+      const py::object group_list = as_sequence(groups);
       PyObject* seen = PyDict_GetItemString(attributes.ptr(), "_state_seen");
       untouched_ = seen == state && has_references(state, 2);
       if (!untouched_) ++epoch_;
       created_ = created;
-      described_ = false;
       groups_.clear();
       state_items_.clear();
       state_ = state;
       if (!missing_.empty()) missing_ = py::list();
       if (!fallback_.empty()) fallback_ = py::list();
       entry_ = -1;
-      for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-        gather_group(int(g), PyList_GET_ITEM(groups, g), grad_scale);
+      for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(group_list.ptr()); ++g) {
+        gather_group(int(g), PySequence_Fast_GET_ITEM(group_list.ptr(), g), grad_scale);
       }
       find_overlaps();
       if (overlaps_.any()) set_aside_overlaps();
@@ -90,14 +103,23 @@ class Stepper {
     return py::make_tuple(missing_, fallback_);
   }
 
-  // The parameters that run() will update.
+  // The tensors that run() will write to and that others may know of: all parameters, and the
+  // state that is not certainly ours alone.
   py::list updated() const {
-    py::list params(active_.size());
+    py::list tensors(active_.size());
     for (size_t i = 0; i < active_.size(); ++i) {
       Py_INCREF(active_[i].param);
-      PyList_SET_ITEM(params.ptr(), Py_ssize_t(i), active_[i].param);
+      PyList_SET_ITEM(tensors.ptr(), Py_ssize_t(i), active_[i].param);
     }
-    return params;
+    for (const Active& active : active_) {
+      if (!active.described) continue;
+      const Entry& entry = entries_[active.entry];
+      if (entry.step) tensors.append(entry.step);
+      for (const py::object& state : entry.states) {
+        if (state) tensors.append(state);
+      }
+    }
+    return tensors;
   }
 
   // Carries out what gather() found. With `stream` the rule is replaced by one that moves the same
@@ -115,27 +137,24 @@ class Stepper {
     }
     if (!tasks_.empty()) {
       const Plan plan{groups_.data(), tasks_.data(), int64_t(tasks_.size()), begin_.data()};
-      running_ = true;
-      {
-        py::gil_scoped_release nogil;
-        if (family_->counts_steps) {
-          for (const Active& active : active_) entries_[active.entry].write_step();
-        }
-        cpu_run(plan, threads);
+      py::gil_scoped_release nogil;
+      if (family_->counts_steps) {
+        for (const Active& active : active_) entries_[active.entry].write_step();
       }
-      running_ = false;
+      cpu_run(plan, threads);
     }
     release();
   }
 
  private:
-  // What is known of one parameter. The pointers to Python objects are borrowed and only ever
-  // compared, until they have been found again where they belong.
+  // What is known of one parameter. The state's objects are owned: they outlive the step, whatever
+  // another thread does to the optimizer, and none can be replaced by another one at the same
+  // address. (The parameter is not, so that the garbage collector can free a model.)
   struct Entry {
-    PyObject* param = nullptr;
-    PyObject* state_dict = nullptr;
-    PyObject* states[kMaxStates] = {};
-    PyObject* step = nullptr;
+    PyObject* param = nullptr;  // borrowed, and only ever compared
+    py::object state_dict;
+    py::object states[kMaxStates];
+    py::object step;
     int rule = -1;
     bool known = false;  // described before, all in one shape: `shape` and `task` hold
     int64_t epoch = -1;  // when its state was found to be its own, and no one else's
@@ -147,6 +166,12 @@ class Stepper {
     char* step_data = nullptr;
     Task task;
     std::unique_ptr<Layout[]> layouts;
+
+    void forget() {
+      state_dict = step = py::object();
+      for (py::object& state : states) state = py::object();
+      epoch = -1;
+    }
 
     double read_step() const {
       return step_dtype == DType::kFloat64 ? *reinterpret_cast<const double*>(step_data)
@@ -167,6 +192,7 @@ class Stepper {
     int32_t group;
     Py_ssize_t index;
     PyObject* param;  // borrowed: its group owns it
+    bool described;   // the long way
   };
 
   // Where a parameter stands, for messages.
@@ -230,13 +256,20 @@ class Stepper {
     return nullptr;
   }
 
+  // Usually a list already; stock iterates over whatever it is.
+  static py::object as_sequence(PyObject* object) {
+    PyObject* sequence = PySequence_Fast(object, "param_groups and params must be sequences");
+    if (sequence == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(sequence);
+  }
+
   void gather_group(int index, PyObject* dict, double grad_scale) {
+    if (!PyDict_Check(dict)) {
+      throw py::type_error("param group " + std::to_string(index) + " is not a dict");
+    }
     if (size_t(index) == options_.size()) options_.emplace_back();
     GroupOptions& options = options_[index];
-    // Usually a list; stock iterates over whatever it is.
-    const py::object params = py::reinterpret_steal<py::object>(PySequence_Fast(
-        options.read(*family_options_, dict, index), "a param group's params are not a sequence"));
-    if (!params) throw py::error_already_set();
+    const py::object params = as_sequence(options.read(*family_options_, dict, index));
     param_lists_.push_back(params);  // keeps the parameters alive until the step is over
     groups_.push_back(options.group());
     groups_.back().grad_multiplier /= grad_scale;
@@ -260,13 +293,14 @@ class Stepper {
 
     Entry& entry = entries_[entry_];
     if (group_reason != nullptr) return fall_back(place, group_reason);
-    if (!is_as_before(entry, param, grad)) {
+    const bool known = is_as_before(entry, param, grad);
+    if (!known) {
       described_ = true;
       if (!describe_param(entry, place, param, grad)) return;
     }
     entry.task.group = place.group;
     if (family_->counts_steps) entry.task.step = entry.read_step() + 1;
-    active_.push_back({entry_, place.group, place.index, param});
+    active_.push_back({entry_, place.group, place.index, param, !known});
   }
 
   static constexpr int32_t kAhead = 8;
@@ -276,9 +310,9 @@ class Stepper {
     if (size_t(number) >= entries_.size()) return;
     const Entry& entry = entries_[number];
     __builtin_prefetch(entry.param);
-    __builtin_prefetch(entry.state_dict);
-    __builtin_prefetch(entry.step);
-    for (int k = 0; k < n_states_; ++k) __builtin_prefetch(entry.states[k]);
+    __builtin_prefetch(entry.state_dict.ptr());
+    __builtin_prefetch(entry.step.ptr());
+    for (int k = 0; k < n_states_; ++k) __builtin_prefetch(entry.states[k].ptr());
     for (const void* sizes : {entry.param_sizes, entry.grad_sizes}) {
       const char* middle = static_cast<const char*>(sizes);
       for (int line = -1; line <= 1; ++line) __builtin_prefetch(middle + line * 64);
@@ -292,7 +326,7 @@ class Stepper {
   // The short way: everything is as it was but, perhaps, where parameter and gradient lie.
   bool is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
     if (!entry.known || entry.param != param || entry.rule != groups_.back().rule) return false;
-    if (entry.state_dict != nullptr) {
+    if (n_states_ > 0 || family_->counts_steps) {
       if (!untouched_ || entry.epoch != epoch_ || is_referenced(entry)) return false;
     }
     View p, g;
@@ -362,24 +396,22 @@ class Stepper {
     for (int k = 0; k < n_states_; ++k) {
       entry.known = entry.known && task.state[k].layout == nullptr;
     }
-    const bool own = entry.known && untouched_ && entry.state_dict != nullptr;
+    const bool own = entry.known && untouched_ && entry.state_dict;
     entry.epoch = own && !is_referenced(entry) && has_own_memory(entry) ? epoch_ : -1;
     return true;
   }
 
-  // Whether someone else holds the state's dict or one of its tensors.
+  // Whether someone holds the state's dict or one of its tensors, beside the dict above and us.
   bool is_referenced(const Entry& entry) const {
-    bool alone = has_references(entry.state_dict, 1) &&
-                 (entry.step == nullptr || has_references(entry.step, 1));
-    for (int k = 0; k < n_states_; ++k) alone = alone && has_references(entry.states[k], 1);
+    bool alone = has_references(entry.state_dict.ptr(), 2) &&
+                 (!entry.step || has_references(entry.step.ptr(), 2));
+    for (int k = 0; k < n_states_; ++k) alone = alone && has_references(entry.states[k].ptr(), 2);
     return !alone;
   }
 
   bool has_own_memory(const Entry& entry) const {
-    bool own = entry.step == nullptr || unshared_(py::handle(entry.step)).cast<bool>();
-    for (int k = 0; k < n_states_; ++k) {
-      own = own && unshared_(py::handle(entry.states[k])).cast<bool>();
-    }
+    bool own = !entry.step || unshared_(entry.step).cast<bool>();
+    for (int k = 0; k < n_states_; ++k) own = own && unshared_(entry.states[k]).cast<bool>();
     return own;
   }
 
@@ -387,7 +419,7 @@ class Stepper {
   bool describe_state(Entry& entry, const Place& place, PyObject* param, const View& p,
                       View* states) {
     static PyObject* const k_step = PyUnicode_InternFromString("step");
-    entry.state_dict = entry.step = nullptr;
+    entry.forget();
     entry.task.first = created_ && entry.lacks_first;
     entry.lacks_first = false;
     if (n_states_ == 0 && !family_->counts_steps) return true;
@@ -405,7 +437,7 @@ class Stepper {
       } else {
         any = any || !optional;
       }
-      return value;
+      return py::reinterpret_borrow<py::object>(value);
     };
     if (family_->counts_steps) entry.step = find(k_step, false);
     for (size_t i = 0, k = 0; i < state_names_.size(); ++i) {
@@ -418,13 +450,13 @@ class Stepper {
       missing_.append(py::make_tuple(place.group, place.index, missing));
       return false;
     }
-    entry.state_dict = dict;
+    entry.state_dict = py::reinterpret_borrow<py::object>(dict);
 
     for (int k = 0; k < n_states_; ++k) {
       const auto name = [&] {
         return "state[" + py::repr(group_states_[k]).cast<std::string>() + "]";
       };
-      if (read_tensor(entry.states[k], &states[k]) != Reading::kOk) {
+      if (read_tensor(entry.states[k].ptr(), &states[k]) != Reading::kOk) {
         fail(place, name() + " is not a dense floating-point tensor on the CPU, as it is itself");
       }
       if (!same_shape(states[k], p)) {
@@ -432,10 +464,10 @@ class Stepper {
       }
       if (states[k].complex != p.complex) fail(place, "it and " + name() + " are not both complex");
     }
-    if (entry.step != nullptr) {
+    if (entry.step) {
       View view;
-      if (read_tensor(entry.step, &view) != Reading::kOk || view.complex || count(view) != 1 ||
-          item_size(view.dtype) < 4) {
+      if (read_tensor(entry.step.ptr(), &view) != Reading::kOk || view.complex ||
+          count(view) != 1 || item_size(view.dtype) < 4) {
         fail(place, "state['step'] is not a float32 or float64 tensor of one element on the CPU");
       }
       entry.step_data = view.data;
@@ -461,7 +493,7 @@ class Stepper {
       task.grad.data = g.data;
     }
     for (int k = 0; k < n_states_; ++k) {
-      if (!never_overlaps(states[k]) || is_lazy(entry.states[k])) return false;
+      if (!never_overlaps(states[k]) || is_lazy(entry.states[k].ptr())) return false;
     }
     if (task.numel == 0) return true;
     if (entry.layouts == nullptr) entry.layouts = std::make_unique<Layout[]>(2 + kMaxStates);
@@ -498,8 +530,11 @@ class Stepper {
       for (int k = 0; k < n_states; ++k) {
         overlaps_.add(task.state[k].data, bytes(task.state[k], task.numel), active.entry);
       }
+      const Entry& entry = entries_[active.entry];
+      if (entry.step) overlaps_.add(entry.step_data, item_size(entry.step_dtype), active.entry);
     }
     overlaps_.find(entry_ + 1);
+    described_ = false;
   }
 
   // torch updates one parameter after the other, so it can take these.
@@ -552,8 +587,8 @@ class Stepper {
   bool untouched_ = false;
   int64_t epoch_ = 0;  // counts the gathers that found the state touched
   bool created_ = false;
-  bool described_ = false;  // something may lie elsewhere than before
-  bool running_ = false;
+  bool described_ = false;  // something may lie elsewhere than when overlaps were last looked for
+  bool busy_ = false;
 
   // Of the group and parameter being gathered.
   int32_t entry_ = -1;

@@ -18,10 +18,17 @@ def cpu_has_threads() -> bool:
     """False in a build without OpenMP."""
 
 class Stepper:
-    """Takes the steps of one optimizer: gather(), then run()."""
+    """Takes the steps of one optimizer: begin(), gather(), run(), end()."""
 
     def __init__(self, family: str, unshared: Callable[[torch.Tensor], bool]) -> None:
         """unshared(tensor): whether nothing else leads to the tensor's memory."""
+
+    def begin(self) -> None:
+        """RuntimeError when a step of this optimizer runs already."""
+
+    def end(self) -> None: ...
+    def forget(self) -> None:
+        """Lets go of the state's tensors; they are looked for again at the next step."""
 
     def gather(
         self, attributes: dict[str, Any], created: bool, grad_scale: float
@@ -29,7 +36,7 @@ class Stepper:
         """Reads and checks everything, and writes nothing.
 
         attributes: the optimizer's __dict__; what gather() leaves there as "_state_seen" must be
-        removed when someone asks for the state.
+        removed, and forget() called, when someone asks for the state.
 
         Returns None when run() may follow; else (missing, fallback). missing: (group, parameter,
         names) of state that must be created, after which gather(created=True) must be called.
@@ -37,7 +44,7 @@ class Stepper:
         """
 
     def updated(self) -> list[torch.Tensor]:
-        """The parameters that run() will update."""
+        """What run() will write to and others may know of: for autograd's version counters."""
 
     def run(self, threads: int, stream: bool = False) -> None:
         """Carries out what gather() found, without the GIL."""

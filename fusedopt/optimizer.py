@@ -14,10 +14,11 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"fusedopt needs torch 2.10 or later; this is torch {torch.__version__}.")
+
+from torch.autograd.graph import increment_version
 
 try:
     # After torch, so that the extension shares torch's OpenMP threads.
@@ -71,14 +72,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The optimizer's state: for each parameter, a dict of its tensors."""
-        self.__dict__.pop("_state_seen", None)
+        self._forget_state()
         state: defaultdict[Tensor, Any] = self.__dict__["state"]
         return state
 
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__.pop("_state_seen", None)
+        self._forget_state()
         self.__dict__["state"] = value
+
+    def _forget_state(self) -> None:
+        if self.__dict__.pop("_state_seen", None) is not None:
+            stepper = self.__dict__.get("_stepper")
+            if stepper is not None:
+                stepper.forget()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -91,7 +98,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         Everything is checked before anything is written: when a step raises, parameters and
-        state are as they were.
+        state are as they were. (Where torch's own implementation has to take some parameters and
+        raises half-way, these are as torch left them.)
 
         Args:
             closure: Reevaluates the model and returns the loss (optional).
@@ -120,13 +128,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         scale = 1.0 if grad_scale is None else float(grad_scale)
 
-        report = stepper.gather(self.__dict__, False, scale)
-        if report is not None:
-            self._prepare(stepper, *report, scale)
-        # State is no part of any graph, but parameters are: autograd must know they changed. Told
-        # now, while gather() has the tensors in the processor's cache.
-        increment_version(stepper.updated())
-        stepper.run(torch.get_num_threads(), stream)
+        stepper.begin()
+        try:
+            report = stepper.gather(self.__dict__, False, scale)
+            if report is not None:
+                self._prepare(stepper, *report, scale)
+            # Autograd must know what changes. Told now, while gather() has the tensors in the
+            # processor's cache.
+            increment_version(stepper.updated())
+            stepper.run(torch.get_num_threads(), stream)
+        finally:
+            stepper.end()
 
     def _prepare(
         self, stepper: _C.Stepper, missing: _Missing, fallback: _Fallback, scale: float
@@ -203,12 +215,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             {**group, "params": chosen.get(i, []), **({"fused": False} if "fused" in group else {})}
             for i, group in enumerate(saved["param_groups"])
         ]
-        stateless = [p for params in chosen.values() for p in params if p not in self.state]
+        versions = {p: p._version for ps in chosen.values() for p in ps if p not in self.state}
         try:
             step(self)
         except BaseException:
-            for param in stateless:
-                self.state.pop(param, None)
+            for param, version in versions.items():  # of the untouched, no state remains
+                if param._version == version:
+                    self.state.pop(param, None)
             raise
         finally:
             attributes.update(saved)
@@ -216,13 +229,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _warn_of(self, fallback: _Fallback) -> None:
         if self.__dict__.get("_warned"):
             return
-        self._warned = True
         reasons = sorted({reason for _, _, reason in fallback})
         warnings.warn(
             f"fusedopt.{type(self).__name__} leaves {len(fallback)} parameter(s) to torch's own, "
             f"slower implementation: {'; '.join(reasons)}.",
-            stacklevel=2,
+            stacklevel=8,  # whoever called step(), past the wrappers around it
         )
+        self._warned = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this or of the stock optimizer.
