@@ -1,0 +1,181 @@
+"""What nobody should do, and what must not go wrong when somebody does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedopt
+
+
+def trained(steps: int = 5, **options: float) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    """Two parameters after so many steps that nothing is looked at in full any more."""
+    params = [torch.nn.Parameter(torch.ones(6)) for _ in range(2)]
+    optimizer = fusedopt.AdamW(params, **options)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+    return params, optimizer
+
+
+def test_state_replaced_past_the_attribute() -> None:
+    """By way of vars(), which no getter sees."""
+    params, optimizer = trained()
+    twins, twin = trained()
+    new = torch.full((6,), 7.0)
+    vars(optimizer)["state"][params[0]]["exp_avg"] = new.clone()
+    twin.state[twins[0]]["exp_avg"] = new.clone()
+    for either in (optimizer, twin):
+        either.step()
+    torch.testing.assert_close(params, twins, rtol=0, atol=0)
+    mine = vars(optimizer)["state"][params[0]]["exp_avg"]
+    torch.testing.assert_close(mine, twin.state[twins[0]]["exp_avg"], rtol=0, atol=0)
+
+
+def test_one_step_at_a_time() -> None:
+    params = [torch.nn.Parameter(torch.ones(300_000)) for _ in range(4)]
+    optimizer = fusedopt.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    done = [0, 0, 0]
+
+    def work(index: int) -> None:
+        for _ in range(50):
+            try:
+                optimizer.step()
+                done[index] += 1
+            except RuntimeError as error:
+                if "while another one runs" not in str(error):
+                    raise
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert optimizer.state[params[0]]["step"].item() == sum(done) > 0
+    assert all(torch.equal(p, params[0]) for p in params)
+
+
+def test_state_cleared_by_another_thread_outlives_the_step() -> None:
+    params = [torch.nn.Parameter(torch.ones(1_000_000))]
+    optimizer = fusedopt.AdamW(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    stop = threading.Event()
+
+    def clear() -> None:
+        while not stop.is_set():
+            optimizer.state.clear()
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    for _ in range(30):
+        optimizer.step()
+    stop.set()
+    thread.join()
+    assert params[0].isfinite().all()
+
+
+def test_overlap_that_began_at_a_failed_step_is_found() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(6)) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q]}]
+    optimizer = fusedopt.SGD(groups, lr=0.1)
+    for x in (p, q):
+        x.grad = torch.ones(6)
+    for _ in range(5):
+        optimizer.step()
+    p.data = q.data[:]
+    optimizer.param_groups[1]["lr"] = "bad"
+    with pytest.raises(TypeError, match="param group 1: lr is not a number"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = 0.1
+    before = q.detach().clone()
+    with pytest.warns(UserWarning, match="share memory"):
+        optimizer.step()
+    torch.testing.assert_close(q.detach(), before - 0.2)
+
+
+def test_gradient_without_memory() -> None:
+    """torch's own stand-in for zeros has no data pointer."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch._efficientzerotensor(3)
+    optimizer = fusedopt.SGD([p], lr=0.1, weight_decay=0.5)
+    with pytest.warns(UserWarning, match="not a plain dense tensor"):
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.95))
+
+
+def test_one_counter_for_several_parameters_counts_as_in_stock() -> None:
+    def run(cls: type[torch.optim.Optimizer]) -> float:
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+        optimizer = cls(params)
+        for p in params:
+            p.grad = torch.ones(3)
+        optimizer.step()
+        counter = torch.tensor(1.0)
+        for p in params:
+            optimizer.state[p]["step"] = counter
+        optimizer.step()
+        return counter.item()
+
+    with pytest.warns(UserWarning, match="share memory"):
+        mine = run(fusedopt.AdamW)
+    assert mine == run(torch.optim.AdamW)
+
+
+def test_state_in_a_graph_is_known_to_have_changed() -> None:
+    params, optimizer = trained()
+    weight = torch.ones(6, requires_grad=True)
+    loss = (optimizer.state[params[0]]["exp_avg"] * weight).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class KeepsAll(fusedopt.AdamW):
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_subclass_that_copies_everything(duplicate) -> None:
+    optimizer = KeepsAll([torch.nn.Parameter(torch.ones(6))])
+    for other in (optimizer, duplicate(optimizer)):
+        other.param_groups[0]["params"][0].grad = torch.ones(6)
+        other.step()
+    again = duplicate(optimizer)
+    for other in (optimizer, again):
+        other.param_groups[0]["params"][0].grad = torch.ones(6)
+        other.step()
+    torch.testing.assert_close(
+        again.param_groups[0]["params"], optimizer.param_groups[0]["params"], rtol=0, atol=0
+    )
+
+
+def test_the_warning_points_at_the_caller_and_comes_once() -> None:
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = fusedopt.SGD(embedding.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            embedding(torch.tensor([1, 2])).sum().backward()
+            optimizer.step()
+    ours = [w for w in caught if "fusedopt" in str(w.message)]
+    assert len(ours) == 1
+    assert ours[0].filename == __file__
+
+
+def test_group_that_is_no_dict() -> None:
+    _, optimizer = trained()
+    optimizer.param_groups[0] = list(optimizer.param_groups[0].items())
+    with pytest.raises(TypeError, match="param group 0 is not a dict"):
+        optimizer.step()
