@@ -46,7 +46,7 @@ def _references(tensor: Tensor) -> tuple[int, int, int] | None:
     return count(storage._cdata), sys.getrefcount(storage), weakref.getweakrefcount(tensor)
 
 
-_NO_OTHER_REFERENCES = _references(torch.zeros(()))
+_NO_OTHER_REFERENCES = _references(torch.zeros((), device="cpu"))
 
 
 def _unshared(tensor: Tensor) -> bool:
@@ -167,7 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         # All tensors before the first entry: when memory runs out, nothing has changed.
         tensors = [
-            torch.zeros((), dtype=self._step_dtype(group))
+            torch.zeros((), dtype=self._step_dtype(group), device="cpu")
             if name == "step"
             else self._new_state(param, name)
             for param, group, name in new
