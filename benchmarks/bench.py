@@ -104,7 +104,7 @@ def measure_case(case: Case, optimizer: Optimizer, effort: Effort) -> Result:
 
 
 def measure_host(effort: Effort) -> Spread:
-    """Seconds per step of 1000 one-element tensors."""
+    """Seconds per step of 1000 two-element tensors."""
     step = CONTENDERS["ours"](HOST_CASE, OPTIMIZERS["adamw"], gradients(HOST_CASE))
     return rounds({"ours": step}, count=effort.count, budget=effort.budget)["ours"].spread
 

@@ -81,7 +81,7 @@ CASES = {
 }
 
 # Next to nothing to compute or to move: what remains is the work of the host.
-HOST_CASE = Case("1000x1", 1000 * ((1,),))
+HOST_CASE = Case("1000x2", 1000 * ((2,),))
 
 
 @dataclass(frozen=True)
