@@ -32,7 +32,7 @@ from cases import (
 from measure import Spread, Timing, ratio, rounds
 
 import fusedopt
-from fusedopt.optimizer import ISA
+from fusedopt.extension import ISA
 
 MEMORY_CASE = "1x50M"
 MEMORY_CONTENDERS = ("foreach", "ours")

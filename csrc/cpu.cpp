@@ -2,9 +2,13 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "num.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,7 +20,7 @@ namespace {
 struct Isa {
   const char* name;
   bool available;
-  decltype(&base::update_range) update_range;
+  const Kernels* kernels;
 };
 
 // Best first. setup.py defines FUSEDOPT_X86 when it compiles the x86 kernels.
@@ -27,10 +31,10 @@ const Isa* isas() {
        __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),
-       avx512::update_range},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::update_range},
+       &avx512::kKernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kKernels},
 #endif
-      {"base", true, base::update_range},
+      {"base", true, &base::kKernels},
   };
   return list;
 }
@@ -63,7 +67,39 @@ const Isa& isa() {
 constexpr int64_t kSerial = 1 << 17;
 #endif
 
+// How much of the line is worked off in the usual direction when the whole goes backwards.
+constexpr int64_t kPiece = 1 << 16;
+
+int64_t task_at(const Plan& plan, int64_t position) {
+  return std::upper_bound(plan.begin, plan.begin + plan.n_tasks, position) - plan.begin - 1;
+}
+
+// Calls kernel(plan, first task, begin, end) for one stretch of the work line on every thread.
+template <class Kernel>
+void in_parallel(const Plan& plan, int threads, Kernel&& kernel) {
+  const int64_t length = plan.begin[plan.n_tasks];
+  const auto run_part = [&](int part, int parts) {
+    // Every thread gets one stretch of the line, as torch's own operators split a tensor: memory
+    // stays with the thread, and on machines with several memories with the socket, it was on.
+    const int64_t begin = length / parts * part + length % parts * part / parts;
+    const int64_t end = length / parts * (part + 1) + length % parts * (part + 1) / parts;
+    kernel(plan, task_at(plan, begin), begin, end);
+  };
+#ifdef _OPENMP
+  if (threads > 1 && length > kSerial) {
+#pragma omp parallel num_threads(threads)
+    run_part(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  run_part(0, 1);
+}
+
 }  // namespace
+
+const Kernels& cpu_kernels() { return *isa().kernels; }
 
 const char* cpu_isa() { return isa().name; }
 
@@ -86,27 +122,46 @@ bool cpu_has_threads() {
 #endif
 }
 
-void cpu_run(const Plan& plan, int threads) {
-  const auto update_range = isa().update_range;
-  const int64_t length = plan.begin[plan.n_tasks];
-  const auto run_part = [&](int part, int parts) {
-    // Every thread gets one stretch of the line, as torch's own operators split a tensor: memory
-    // stays with the thread, and on machines with several memories with the socket, it was on.
-    const int64_t begin = length / parts * part + length % parts * part / parts;
-    const int64_t end = length / parts * (part + 1) + length % parts * (part + 1) / parts;
-    const int64_t* const task = std::upper_bound(plan.begin, plan.begin + plan.n_tasks, begin) - 1;
-    update_range(plan, task - plan.begin, begin, end);
-  };
-#ifdef _OPENMP
-  if (threads > 1 && length > kSerial) {
-#pragma omp parallel num_threads(threads)
-    run_part(omp_get_thread_num(), omp_get_num_threads());
-    return;
+void cpu_update(const Plan& plan, int threads, bool measured) {
+  const auto update = cpu_kernels().update;
+  if (!measured) return in_parallel(plan, threads, update);
+  // The other way round: first what the measurement has read last.
+  in_parallel(plan, threads, [&](const Plan&, int64_t, int64_t begin, int64_t end) {
+    for (int64_t to = end, from; to > begin; to = from) {
+      from = to - begin < kPiece ? begin : to - kPiece;
+      update(plan, task_at(plan, from), from, to);
+    }
+  });
+}
+
+Norm cpu_measure(const Plan& plan, NormType type, int threads) {
+  std::vector<int64_t> first_chunk = {0};
+  first_chunk.reserve(plan.n_tasks + 1);
+  for (int64_t i = 0; i < plan.n_tasks; ++i) {
+    first_chunk.push_back(first_chunk.back() +
+                          (plan.tasks[i]->numel + kNormChunk - 1) / kNormChunk);
   }
-#else
-  (void)threads;
-#endif
-  run_part(0, 1);
+  std::vector<ChunkNorm> chunks(first_chunk.back());
+  const auto measure = cpu_kernels().measure;
+  in_parallel(plan, threads, [&](const Plan&, int64_t task, int64_t begin, int64_t end) {
+    measure(plan, type, first_chunk.data(), task, begin, end, chunks.data());
+  });
+
+  Norm norm;
+  for (int64_t i = 0; i < plan.n_tasks; ++i) {
+    for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c) {
+      if (!chunks[c].finite && norm.nonfinite_task < 0) norm.nonfinite_task = i;
+      norm.value = type == NormType::kTwo ? norm.value + chunks[c].value
+                                          : base::maximum(norm.value, chunks[c].value);
+    }
+  }
+  if (type == NormType::kTwo) norm.value = std::sqrt(norm.value);
+  norm.value *= plan.stages.grad_multiplier;
+  return norm;
+}
+
+void cpu_accumulate(const Plan& plan, int threads) {
+  in_parallel(plan, threads, cpu_kernels().accumulate);
 }
 
 }  // namespace fusedopt

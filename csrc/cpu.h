@@ -5,20 +5,51 @@
 
 namespace fusedopt {
 
-// The kernels, one copy per instruction set (cpu.inl): work off [begin, end) of the plan's work
-// line, of which first_task covers `begin`.
+// The norm's chunks: their bounds depend on the tensor only, so that the sum does, too.
+constexpr int64_t kNormChunk = 16384;
+
+struct ChunkNorm {
+  double value;  // the squared 2-norm, or the largest magnitude
+  bool finite;   // neither nan nor inf among the gradients
+};
+
+// The kernels, one copy per instruction set (cpu.inl). Each works off [begin, end) of the plan's
+// work line, of which first_task covers `begin`.
+struct Kernels {
+  void (*update)(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+  // Measures the chunks that begin there. Chunk c of task i is out[first_chunk[i] + c].
+  void (*measure)(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,
+                  int64_t begin, int64_t end, ChunkNorm* out);
+  void (*accumulate)(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+  // What a step does on the way, on its own and for one dense parameter: its full weights, from
+  // them parameter and hidden part, the values of state[0] in 8 bits, and back (to the nearest).
+  void (*join_weights)(const Task& task, float* whole);
+  void (*split_weights)(const Task& task, const float* whole);
+  void (*decode_state)(const Task& task, float* values);
+  void (*encode_state)(const Task& task, const float* values);
+};
+
 namespace base {
-void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+extern const Kernels kKernels;
 }
 namespace avx2 {
-void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+extern const Kernels kKernels;
 }
 namespace avx512 {
-void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+extern const Kernels kKernels;
 }
 
 // Carries out the plan on up to `threads` threads. The result does not depend on their number.
-void cpu_run(const Plan& plan, int threads);
+// `measured`: cpu_measure() came just before, and has left gradients in the caches.
+void cpu_update(const Plan& plan, int threads, bool measured);
+
+// The norm of the plan's gradients, unclipped.
+Norm cpu_measure(const Plan& plan, NormType type, int threads);
+
+// Adds the gradients to the tasks' grad_sum, or writes them there when nothing is accumulated.
+void cpu_accumulate(const Plan& plan, int threads);
+
+const Kernels& cpu_kernels();
 
 // The name of the instruction set in use: the best one that was compiled and that this processor
 // has, or the one that the environment variable FUSEDOPT_ISA names. Throws std::runtime_error

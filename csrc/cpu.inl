@@ -3,6 +3,7 @@
 // header to include elsewhere.
 
 #include "cpu.h"
+#include "norm.h"
 #include "plan.h"
 #include "select.h"
 #include "store.h"
@@ -10,8 +11,15 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
-// Elements of a tile: up to six buffers of it fit the first-level cache beside the streams.
+// Elements of a tile: all its buffers fit the first-level cache beside the streams. A tile begins
+// at a multiple of its size, or at a block where a thread's part begins.
 constexpr int64_t kTile = 512;
+static_assert(kTile % kBlock == 0, "8-bit state: a tile is made of whole blocks");
+
+inline int64_t tile_end(int64_t at, int64_t end) {
+  const int64_t next = at / kTile * kTile + kTile;
+  return next < end ? next : end;
+}
 
 // Calls f(offset, length) for the runs of equal stride that elements [begin, begin + n) of a
 // layout fall into; offset is where the run starts in memory.
@@ -99,6 +107,9 @@ inline T* open_tile(const Operand& operand, int64_t begin, int64_t n, T* buffer)
     case DType::kFloat16:
       load_tile(static_cast<const Float16*>(operand.data), layout, begin, n, buffer);
       break;
+    case DType::kInt16:  // no numbers of this kind
+    case DType::kInt64:
+    case DType::kUInt8: break;
   }
   return buffer;
 }
@@ -117,40 +128,231 @@ inline void close_tile(const Operand& operand, int64_t begin, int64_t n, const T
       return store_tile(tile, layout, begin, n, static_cast<BFloat16*>(operand.data));
     case DType::kFloat16:
       return store_tile(tile, layout, begin, n, static_cast<Float16*>(operand.data));
+    case DType::kInt16:
+    case DType::kInt64:
+    case DType::kUInt8: break;
   }
 }
 
-template <class Rule, class T>
-inline void update_elements(const Rule& rule, const Task& task, T multiplier, int64_t begin,
-                            int64_t end) {
-  alignas(64) T buffer[2 + kMaxStates][kTile];
-  const bool prepare = multiplier != T(1);
-  bool direct = !prepare && in_place<T>(task.param) && in_place<T>(task.grad);
-  for (int k = 0; k < Rule::kStates; ++k) direct = direct && in_place<T>(task.state[k]);
+// Gradient and what was accumulated before, added up.
+template <class T>
+inline const T* open_gradients(const Task& task, int64_t begin, int64_t n, T* buffer) {
+  const bool accumulated = task.extras != nullptr && task.extras->accumulated;
+  if (!accumulated) return open_tile(task.grad, begin, n, buffer);
+  if (task.grad.data == nullptr) return open_tile(task.extras->grad_sum, begin, n, buffer);
+  const T* g = open_tile(task.grad, begin, n, buffer);
+  alignas(64) T sum_buffer[kTile];
+  add(open_tile(task.extras->grad_sum, begin, n, sum_buffer), g, buffer, n);
+  return buffer;
+}
 
-  // Without conversions there is no need for tiles.
-  const int64_t tile = direct ? end - begin : kTile;
-  for (int64_t at = begin; at < end; at += tile) {
-    const int64_t n = end - at < tile ? end - at : tile;
-    T* p = open_tile(task.param, at, n, buffer[0]);
-    const T* g = open_tile(task.grad, at, n, buffer[1]);
-    T* s[kMaxStates] = {};
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = open_tile(task.state[k], at, n, buffer[2 + k]);
-    if (prepare) {
-      prepare_gradients(g, multiplier, buffer[1], n);
+// States in 8 bits. They are dense, and a part begins at a block.
+template <class T>
+inline T* open_state(const Task& task, int k, int64_t begin, int64_t n, T* buffer) {
+  if (task.state[k].dtype != DType::kUInt8) return open_tile(task.state[k], begin, n, buffer);
+  const uint8_t* codes = static_cast<const uint8_t*>(task.state[k].data);
+  for (int64_t at = begin; at < begin + n; at += kBlock) {
+    const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
+    const float scale = task.extras->scale[k][at / kBlock];
+    if (task.extras->square[k]) {
+      decode<true>(codes + at, scale, buffer + (at - begin), length);
+    } else {
+      decode<false>(codes + at, scale, buffer + (at - begin), length);
+    }
+  }
+  return buffer;
+}
+
+// Where in an element's 32 random bits each state finds its own. (Neighbours share some.)
+constexpr int kStateShift[kMaxStates] = {12, 0, 6};
+
+template <class T>
+inline void close_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
+                        const uint32_t* random) {
+  if (task.state[k].dtype != DType::kUInt8) return close_tile(task.state[k], begin, n, tile);
+  uint8_t* codes = static_cast<uint8_t*>(task.state[k].data);
+  for (int64_t at = begin; at < begin + n; at += kBlock) {
+    const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
+    const T* x = tile + (at - begin);
+    const float scale = block_scale(largest_magnitude(x, length));
+    const float inverse = inverse_scale(scale);
+    task.extras->scale[k][at / kBlock] = scale;
+    if (task.extras->square[k]) {
+      encode<true>(x, inverse, random + (at - begin), kStateShift[k], codes + at, length);
+    } else {
+      encode<false>(x, inverse, random + (at - begin), kStateShift[k], codes + at, length);
+    }
+  }
+}
+
+// Calls f(P{}) with the 16-bit format.
+template <class F>
+inline void with_format(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  f(Float16{});
+}
+
+inline const int16_t* open_remainders(const Operand& hidden, int64_t begin, int64_t n,
+                                      int16_t* buffer) {
+  const int16_t* data = static_cast<const int16_t*>(hidden.data);
+  if (hidden.layout == nullptr) return data + begin;
+  const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
+  int16_t* out = buffer;
+  for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
+    for (int64_t i = 0; i < run; ++i) *out++ = data[offset + i * stride];
+  });
+  return buffer;
+}
+
+inline void close_remainders(const Operand& hidden, int64_t begin, int64_t n, const float* whole) {
+  int16_t* data = static_cast<int16_t*>(hidden.data);
+  if (hidden.layout == nullptr) return split_remainders(whole, data + begin, n);
+  const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
+  for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
+    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = lower_half(*whole++);
+  });
+}
+
+// The weights of a tile in full precision, in `buffer` or in the tensor they live in.
+inline double* open_weights(const Task& task, int64_t begin, int64_t n, double* buffer) {
+  return open_tile(task.param, begin, n, buffer);
+}
+
+inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* buffer) {
+  float* p = open_tile(task.param, begin, n, buffer);
+  if (task.extras == nullptr) return p;
+  const Operand& hidden = task.extras->hidden;
+  alignas(64) float hidden_buffer[kTile];
+  switch (task.extras->precision) {
+    case WeightPrecision::kNearest:
+    case WeightPrecision::kStochastic: break;
+    case WeightPrecision::kMaster: {
+      float* master = open_tile(hidden, begin, n, hidden_buffer);
+      with_format(task.param.dtype,
+                  [&](auto format) { join_masters<decltype(format)>(p, master, n); });
+      if (in_place<float>(hidden)) return master;
+      __builtin_memcpy(p, master, n * sizeof(float));
+      break;
+    }
+    case WeightPrecision::kRemainder: {
+      alignas(64) int16_t remainder_buffer[kTile];
+      join_remainders(p, open_remainders(hidden, begin, n, remainder_buffer), n);
+      break;
+    }
+    case WeightPrecision::kKahan: {
+      const float* lost = open_tile(hidden, begin, n, hidden_buffer);
+      with_format(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
+      break;
+    }
+  }
+  return p;
+}
+
+inline void close_weights(const Task& task, int64_t begin, int64_t n, double* p) {
+  close_tile(task.param, begin, n, p);
+}
+
+inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) {
+  const WeightPrecision precision =
+      task.extras == nullptr ? WeightPrecision::kNearest : task.extras->precision;
+  alignas(64) float hidden_buffer[kTile];
+  switch (precision) {
+    case WeightPrecision::kNearest: break;
+    case WeightPrecision::kMaster:
+      if (task.param.dtype == DType::kBFloat16) move_off_upper_ties(p, n);
+      close_tile(task.extras->hidden, begin, n, p);
+      break;
+    case WeightPrecision::kRemainder:
+      move_off_upper_ties(p, n);
+      close_remainders(task.extras->hidden, begin, n, p);
+      break;
+    case WeightPrecision::kKahan: {
+      float* lost = in_place<float>(task.extras->hidden)
+                        ? static_cast<float*>(task.extras->hidden.data) + begin
+                        : hidden_buffer;
+      with_format(task.param.dtype,
+                  [&](auto format) { split_kahans<decltype(format)>(p, lost, n); });
+      close_tile(task.extras->hidden, begin, n, lost);
+      break;
+    }
+    case WeightPrecision::kStochastic: {
+      alignas(64) uint32_t random[kTile];
+      const RandomKey key = random_key(task.extras->seed, uint64_t(task.step), kWeightStream,
+                                       uint32_t(begin >> 32));
+      draw(key, uint32_t(begin), random, n);
+      with_format(task.param.dtype,
+                  [&](auto format) { round_all_randomly<decltype(format)>(p, random, n); });
+      break;
+    }
+  }
+  close_tile(task.param, begin, n, p);
+}
+
+// A step without stages on tensors that need no conversion: there is no need for tiles.
+template <class Rule, class T>
+inline bool is_direct(const Task& task, const TileStages<T>& stages) {
+  bool direct = task.extras == nullptr && stages.leave_gradient() && stages.shrink == 0 &&
+                in_place<T>(task.param) && in_place<T>(task.grad);
+  for (int k = 0; k < Rule::kStates; ++k) direct = direct && in_place<T>(task.state[k]);
+  return direct;
+}
+
+template <class Rule, class T>
+inline void update_elements(const Rule& rule, const Task& task, const TileStages<T>& stages,
+                            int64_t begin, int64_t end) {
+  T* s[kMaxStates] = {};
+  if (is_direct<Rule>(task, stages)) {
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = static_cast<T*>(task.state[k].data) + begin;
+    return apply_rule(rule, static_cast<T*>(task.param.data) + begin,
+                      static_cast<const T*>(task.grad.data) + begin, s, end - begin);
+  }
+  const Extras* extras = task.extras;
+  bool coded = false;
+  for (int k = 0; k < Rule::kStates; ++k) coded |= task.state[k].dtype == DType::kUInt8;
+  alignas(64) T buffer[2 + kMaxStates][kTile];
+  alignas(64) uint32_t random[kTile];
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = tile_end(at, end);
+    const int64_t n = next - at;
+    T* p = open_weights(task, at, n, buffer[0]);
+    const T* g = open_gradients(task, at, n, buffer[1]);
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = open_state(task, k, at, n, buffer[2 + k]);
+    if (!stages.leave_gradient()) {
+      prepare_gradients(g, stages, buffer[1], n);
       g = buffer[1];
     }
     apply_rule(rule, p, g, s, n);
-    close_tile(task.param, at, n, p);
-    for (int k = 0; k < Rule::kStates; ++k) close_tile(task.state[k], at, n, s[k]);
+    if (stages.shrink != 0) shrink(p, stages.shrink, n);
+    if (extras != nullptr && extras->ema.data != nullptr) {
+      T* ema = open_tile(extras->ema, at, n, buffer[1]);
+      average(ema, p, stages.ema_weight, n);
+      close_tile(extras->ema, at, n, ema);
+    }
+    close_weights(task, at, n, p);
+    if (coded) {
+      draw(random_key(extras->seed, uint64_t(task.step), kStateStream, uint32_t(at >> 32)),
+           uint32_t(at), random, n);
+    }
+    for (int k = 0; k < Rule::kStates; ++k) close_state(task, k, at, n, s[k], random);
   }
 }
 
 // The element at a position on a task's stretch of the work line, rounded so that two threads
-// which share a tensor do not share a cache line of it.
+// which share a tensor share no cache line and no block of it.
 inline int64_t element_at(int64_t position, int64_t numel) {
-  const int64_t element = position / 64 * 64;
+  const int64_t element = position / kBlock * kBlock;
   return element < numel ? element : numel;
+}
+
+// The elements of task i that lie on [begin, end) of the work line.
+struct Part {
+  int64_t from, to;
+};
+
+inline Part part_of(const Plan& plan, int64_t i, int64_t begin, int64_t end) {
+  const int64_t start = plan.begin[i], numel = plan.tasks[i]->numel;
+  return {begin > start ? element_at(begin - start, numel) : 0,
+          end < plan.begin[i + 1] ? element_at(end - start, numel) : numel};
 }
 
 // The start of a later task's arrays: the processor cannot guess where the next tensor lies.
@@ -175,13 +377,12 @@ struct UpdateTasks {
     const Task& model = *plan.tasks[first];
     const Group& group = plan.groups[model.group];
     const Rule rule(group.hyper, model.step, model.first);
+    const TileStages<T> stages(plan.stages, group, model.step);
     for (int64_t i = first; i < last; ++i) {
       const Task& task = *plan.tasks[i];
       if (i + 2 < last) prefetch(*plan.tasks[i + 2]);
-      const int64_t start = plan.begin[i];
-      const int64_t from = begin > start ? element_at(begin - start, task.numel) : 0;
-      const int64_t to = end < plan.begin[i + 1] ? element_at(end - start, task.numel) : task.numel;
-      if (from < to) update_elements(rule, task, T(group.grad_multiplier), from, to);
+      const auto [from, to] = part_of(plan, i, begin, end);
+      if (from < to) update_elements(rule, task, stages, from, to);
     }
   }
 };
@@ -189,7 +390,7 @@ struct UpdateTasks {
 inline bool in_double(const Task& task) { return task.param.dtype == DType::kFloat64; }
 
 inline bool same_options(const Group& a, const Group& b) {
-  bool same = a.rule == b.rule && a.grad_multiplier == b.grad_multiplier;
+  bool same = a.rule == b.rule && a.sign == b.sign && a.l1 == b.l1;
   for (int i = 0; i < kMaxHypers; ++i) same = same && a.hyper[i] == b.hyper[i];
   return same;
 }
@@ -216,5 +417,136 @@ void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t e
     i = last;
   }
 }
+
+// Sums of squares in lanes of fixed number, so that every instruction set adds in the same order.
+constexpr int64_t kLanes = 32;
+static_assert(kTile % kLanes == 0 && kNormChunk % kTile == 0, "lanes start anew at each tile");
+
+template <class T>
+inline void add_squares(const T* g, int64_t n, double* lanes) {
+  double sum[kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) sum[k] = lanes[k];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) sum[k] = add_square(sum[k], g[i + k]);
+  }
+  for (; i < n; ++i) sum[i % kLanes] = add_square(sum[i % kLanes], g[i]);
+  for (int64_t k = 0; k < kLanes; ++k) lanes[k] = sum[k];
+}
+
+template <class T>
+inline auto largest(const T* g, int64_t n) {
+  auto bits = magnitude_bits(T(0));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto other = magnitude_bits(g[i]);
+    bits = other > bits ? other : bits;
+  }
+  return bits;
+}
+
+// The norm of elements [begin, end) of one parameter, at most a chunk; the 2-norm squared.
+template <class T>
+inline ChunkNorm measure_elements(const Task& task, NormType type, int64_t begin, int64_t end) {
+  alignas(64) T buffer[kTile];
+  const bool accumulated = task.extras != nullptr && task.extras->accumulated;
+  const bool direct = in_place<T>(task.grad) && !accumulated;
+  // In float, one sum answers both questions: a square that is nan or inf had such a gradient.
+  // Squares of doubles overflow; so there the test is the largest magnitude.
+  const bool sums = type == NormType::kTwo;
+  const bool maximum = !sums || sizeof(T) == 8;
+  double lanes[kLanes] = {};
+  auto bits = magnitude_bits(T(0));
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = direct ? end : tile_end(at, end);
+    const T* g = open_gradients(task, at, next - at, buffer);
+    if (sums) add_squares(g, next - at, lanes);
+    if (maximum) {
+      const auto other = largest(g, next - at);
+      bits = other > bits ? other : bits;
+    }
+  }
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  const bool finite = maximum ? bits < magnitude_bits(T(INFINITY)) : sum < INFINITY;
+  return {sums ? sum : double(bit_cast<T>(bits)), finite};
+}
+
+void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,
+                   int64_t begin, int64_t end, ChunkNorm* out) {
+  for (int64_t i = first_task; i < plan.n_tasks && plan.begin[i] < end; ++i) {
+    const Task& task = *plan.tasks[i];
+    if (i + 2 < plan.n_tasks) __builtin_prefetch(plan.tasks[i + 2]->grad.data);
+    const int64_t chunks = first_chunk[i + 1] - first_chunk[i];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t from = chunk * kNormChunk;
+      const int64_t position = plan.begin[i] + from;
+      if (position < begin || position >= end) continue;
+      const int64_t to = task.numel < from + kNormChunk ? task.numel : from + kNormChunk;
+      out[first_chunk[i] + chunk] = in_double(task) ? measure_elements<double>(task, type, from, to)
+                                                    : measure_elements<float>(task, type, from, to);
+    }
+  }
+}
+
+template <class T>
+inline void accumulate_elements(const Task& task, int64_t begin, int64_t end) {
+  const Operand& to = task.extras->grad_sum;
+  alignas(64) T buffer[2][kTile];
+  for (int64_t at = begin, next; at < end; at = next) {
+    next = tile_end(at, end);
+    const int64_t n = next - at;
+    T* sum = in_place<T>(to) ? static_cast<T*>(to.data) + at : buffer[0];
+    // The first of a window is written over whatever the memory held.
+    const T* g = open_gradients(task, at, n, buffer[1]);
+    __builtin_memcpy(sum, g, n * sizeof(T));
+    close_tile(to, at, n, sum);
+  }
+}
+
+void accumulate_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t end) {
+  for (int64_t i = first_task; i < plan.n_tasks && plan.begin[i] < end; ++i) {
+    const Task& task = *plan.tasks[i];
+    const auto [from, to] = part_of(plan, i, begin, end);
+    if (in_double(task)) {
+      accumulate_elements<double>(task, from, to);
+    } else {
+      accumulate_elements<float>(task, from, to);
+    }
+  }
+}
+
+void join_weights(const Task& task, float* whole) {
+  alignas(64) float buffer[kTile];
+  for (int64_t at = 0; at < task.numel; at += kTile) {
+    const int64_t n = tile_end(at, task.numel) - at;
+    __builtin_memcpy(whole + at, open_weights(task, at, n, buffer), n * sizeof(float));
+  }
+}
+
+void split_weights(const Task& task, const float* whole) {
+  alignas(64) float buffer[kTile];
+  for (int64_t at = 0; at < task.numel; at += kTile) {
+    const int64_t n = tile_end(at, task.numel) - at;
+    __builtin_memcpy(buffer, whole + at, n * sizeof(float));
+    close_weights(task, at, n, buffer);
+  }
+}
+
+void decode_state(const Task& task, float* values) {
+  for (int64_t at = 0; at < task.numel; at += kTile) {
+    open_state(task, 0, at, tile_end(at, task.numel) - at, values + at);
+  }
+}
+
+void encode_state(const Task& task, const float* values) {
+  alignas(64) uint32_t nearest[kTile];
+  for (uint32_t& bits : nearest) bits = kCodeNearest << kStateShift[0];
+  for (int64_t at = 0; at < task.numel; at += kTile) {
+    close_state(task, 0, at, tile_end(at, task.numel) - at, values + at, nearest);
+  }
+}
+
+const Kernels kKernels = {update_range,  measure_range, accumulate_range, join_weights,
+                          split_weights, decode_state,  encode_state};
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -25,7 +25,7 @@ struct Device {
   int32_t id;
 };
 
-enum TypeCode : uint8_t { kFloat = 2, kBFloat = 4, kComplex = 5 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kComplex = 5 };
 
 struct DataType {
   uint8_t code;

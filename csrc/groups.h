@@ -63,7 +63,7 @@ class GroupOptions {
     return params;
   }
 
-  // The hyper-parameters and the rule; grad_multiplier is the sign.
+  // The hyper-parameters, the rule and the sign. l1 is negative when the group says nothing of it.
   const Group& group() const { return group_; }
 
   // Why torch's implementation has to take this group, or null.
@@ -128,7 +128,14 @@ class GroupOptions {
       if (number(dict, options.flags[i], index) != 0) variant |= 1 << i;
     }
     group_.rule = options.first_rule + variant;
-    group_.grad_multiplier = is_set(dict, "maximize") ? -1 : 1;
+    group_.sign = is_set(dict, "maximize") ? -1 : 1;
+    group_.l1 = -1;
+    if (PyDict_GetItemString(dict, "l1") != nullptr) {
+      group_.l1 = number(dict, Option("l1"), index);
+      if (!(group_.l1 >= 0)) {
+        throw py::value_error("param group " + std::to_string(index) + ": l1 is negative or nan");
+      }
+    }
     fallback_ = is_set(dict, "differentiable") ? "differentiable=True"
                 : is_set(dict, "capturable")   ? "capturable=True"
                                                : nullptr;

@@ -43,6 +43,8 @@ class Shape {
 
 int64_t item_size(DType dtype);
 
+bool is_float(DType dtype);
+
 // Elements of the view, a complex one counting as one.
 int64_t count(const View& view);
 

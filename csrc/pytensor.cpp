@@ -29,6 +29,26 @@ bool is_plain(PyObject* object) {
   return dispatch.ptr() == torch.dispatch;
 }
 
+bool find_dtype(uint8_t code, int bits, DType* dtype) {
+  struct Known {
+    uint8_t code;
+    int bits;
+    DType dtype;
+  };
+  static constexpr Known kKnown[] = {
+      {dlpack::kFloat, 32, DType::kFloat32},   {dlpack::kFloat, 64, DType::kFloat64},
+      {dlpack::kBFloat, 16, DType::kBFloat16}, {dlpack::kFloat, 16, DType::kFloat16},
+      {dlpack::kComplex, 32, DType::kFloat32}, {dlpack::kComplex, 64, DType::kFloat64},
+      {dlpack::kComplex, 16, DType::kFloat16}, {dlpack::kInt, 16, DType::kInt16},
+      {dlpack::kInt, 64, DType::kInt64},       {dlpack::kUInt, 8, DType::kUInt8}};
+  for (const Known& known : kKnown) {
+    if (known.code != code || known.bits != bits) continue;
+    *dtype = known.dtype;
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 void bind_torch(py::object tensor_type, py::object parameter_type) {
@@ -59,6 +79,13 @@ PyObject* read_grad(PyObject* param) {
   return grad;
 }
 
+void drop_grad(PyObject* param) {
+  const int failed = is_exact(param) && torch.grad != nullptr
+                         ? torch.grad->set(param, Py_None, torch.grad->closure)
+                         : PyObject_SetAttrString(param, "grad", Py_None);
+  if (failed != 0) throw py::error_already_set();
+}
+
 Reading read_tensor(PyObject* object, View* view) {
   if (!is_plain(object)) return Reading::kOther;
   dlpack::Tensor t;
@@ -69,21 +96,7 @@ Reading read_tensor(PyObject* object, View* view) {
   if (t.device.type != dlpack::kCPU) return Reading::kDevice;
   view->complex = t.dtype.code == dlpack::kComplex;
   const int bits = view->complex ? t.dtype.bits / 2 : t.dtype.bits;
-  if (t.dtype.code == dlpack::kBFloat && bits == 16) {
-    view->dtype = DType::kBFloat16;
-  } else if (t.dtype.code == dlpack::kFloat || view->complex) {
-    if (bits == 32) {
-      view->dtype = DType::kFloat32;
-    } else if (bits == 64) {
-      view->dtype = DType::kFloat64;
-    } else if (bits == 16) {
-      view->dtype = DType::kFloat16;
-    } else {
-      return Reading::kDType;
-    }
-  } else {
-    return Reading::kDType;
-  }
+  if (!find_dtype(t.dtype.code, bits, &view->dtype)) return Reading::kDType;
   view->data = static_cast<char*>(t.data) + t.byte_offset;
   view->ndim = t.ndim;
   view->size = t.shape;

@@ -18,7 +18,7 @@ enum class Reading {
   kOk,
   kOther,   // not a plain dense tensor: sparse, quantized, a wrapper subclass, ...
   kDevice,  // not on the CPU
-  kDType,   // not a floating-point or complex type that the kernels know
+  kDType,   // not a type that the kernels know
 };
 
 // Describes a tensor; valid while it is not changed.
@@ -26,6 +26,9 @@ Reading read_tensor(PyObject* object, View* view);
 
 // A new reference to the parameter's gradient, or to None.
 PyObject* read_grad(PyObject* param);
+
+// Sets the parameter's gradient to None.
+void drop_grad(PyObject* param);
 
 // True for a conjugated or negated view, whose memory holds other numbers than it stands for.
 bool is_lazy(PyObject* tensor);

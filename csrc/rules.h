@@ -30,7 +30,8 @@ namespace fusedopt::FUSEDOPT_ISA {
 // "amsgrad?" is 1 or 0 as that option is true or not.
 struct StateInfo {
   const char* name;
-  int flag;  // exists when this flag is set; -1: always
+  int flag;     // exists when this flag is set; -1: always
+  bool square;  // an average or sum of squares: never negative
 };
 
 struct Family {
@@ -59,7 +60,7 @@ struct L2Penalty {
 // AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
 constexpr Family kAdamFamily = {
     "adam",       {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay?"},
-    {"amsgrad?"}, {{"exp_avg", -1}, {"exp_avg_sq", -1}, {"max_exp_avg_sq", 0}},
+    {"amsgrad?"}, {{"exp_avg", -1, false}, {"exp_avg_sq", -1, true}, {"max_exp_avg_sq", 0, true}},
     true,         false};
 
 template <class T, bool kAmsgrad>
@@ -100,7 +101,7 @@ struct Adam {
 // to momentum it is the exponentially weighted average s_t = b s_(t-1) + (1 - b) g_t, s_1 = g_1.
 constexpr Family kSgdFamily = {
     "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov?"},
-    {"momentum"}, {{"momentum_buffer", 0}},
+    {"momentum"}, {{"momentum_buffer", 0, false}},
     false,        true};
 
 template <class T, bool kMomentum>
@@ -135,7 +136,7 @@ struct Sgd {
 constexpr Family kRmspropFamily = {"rmsprop",
                                    {"lr", "alpha", "eps", "weight_decay", "momentum"},
                                    {"momentum", "centered?"},
-                                   {{"square_avg", -1}, {"momentum_buffer", 0}, {"grad_avg", 1}},
+                                   {{"square_avg", -1, true}, {"momentum_buffer", 0, false}, {"grad_avg", 1, false}},
                                    true,
                                    false};
 
@@ -176,7 +177,7 @@ struct Rmsprop {
 // Adagrad: Duchi, Hazan & Singer 2011, the diagonal form of figure 1. The learning rate decays as
 // lr / (1 + lr_decay (t - 1)).
 constexpr Family kAdagradFamily = {
-    "adagrad", {"lr", "lr_decay", "eps", "weight_decay"}, {}, {{"sum", -1}}, true, false};
+    "adagrad", {"lr", "lr_decay", "eps", "weight_decay"}, {}, {{"sum", -1, true}}, true, false};
 
 template <class T>
 struct Adagrad {

@@ -8,7 +8,11 @@
 #pragma once
 
 #include "gradient.h"
+#include "plan.h"
+#include "quantize.h"
+#include "random.h"
 #include "rules.h"
+#include "store.h"
 
 #if defined(__CUDACC__)
 #define FUSEDOPT_VECTORIZE _Pragma("unroll")
@@ -20,10 +24,59 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
+// The stages in the arithmetic type, for parameters that share a step and a group.
 template <class T>
-FUSEDOPT_HD inline void prepare_gradients(const T* g, T multiplier, T* out, int64_t n) {
+struct TileStages {
+  T multiplier, limit, factor;  // of the gradient
+  T shrink;                     // proximal L1
+  T ema_weight;                 // of the new weight in the average
+
+  FUSEDOPT_HD TileStages(const Stages& stages, const Group& group, double step)
+      : multiplier(T(stages.grad_multiplier)),
+        limit(T(stages.max_grad_value)),
+        factor(T(stages.clip_coefficient * group.sign)),
+        shrink(T(group.l1 * group.hyper[0])) {
+    // The warm-up of TensorFlow's ExponentialMovingAverage.
+    const double warm = (1 + step) / (10 + step);
+    const double decay =
+        stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;
+    ema_weight = T(1 - decay);
+  }
+
+  // Whether the rule may be given the gradient as it lies in memory. (A factor of nan differs
+  // from 1.)
+  FUSEDOPT_HD bool leave_gradient() const {
+    return multiplier == 1 && factor == 1 && limit < 0;
+  }
+};
+
+template <class T>
+FUSEDOPT_HD inline void add(const T* a, const T* b, T* out, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) out[i] = prepare_gradient(g[i], multiplier);
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+}
+
+template <class T>
+FUSEDOPT_HD inline void scale(const T* x, T factor, T* out, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
+}
+
+// From the sum of the gradients to what the rule sees.
+template <class T>
+FUSEDOPT_HD inline void prepare_gradients(const T* g, const TileStages<T>& stages, T* out,
+                                          int64_t n) {
+  if (stages.multiplier != 1) {
+    scale(g, stages.multiplier, out, n);
+    g = out;
+  }
+  if (stages.limit >= 0) {
+    const T limit = stages.limit;
+    FUSEDOPT_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) out[i] = clamp(g[i], limit);
+    g = out;
+  }
+  if (stages.factor != 1) scale(g, stages.factor, out, n);
 }
 
 // Applies the rule to n elements in place. `s` holds the states' arrays.
@@ -45,6 +98,101 @@ FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T* const* 
     if constexpr (Rule::kStates > 0) s0[i] = state[0];
     if constexpr (Rule::kStates > 1) s1[i] = state[1];
     if constexpr (Rule::kStates > 2) s2[i] = state[2];
+  }
+}
+
+// The proximal operator of L1 (Parikh & Boyd 2014, section 6.5.2): soft thresholding.
+template <class T>
+FUSEDOPT_HD inline void shrink(T* p, T threshold, int64_t n) {
+  // p less its part within the threshold; so nan stays nan, and zeros are exact.
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) p[i] -= clamp(p[i], threshold);
+}
+
+template <class T>
+FUSEDOPT_HD inline void average(T* ema, const T* p, T weight, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) ema[i] = interpolate(ema[i], p[i], weight);
+}
+
+// What the random bits of a step are for.
+constexpr uint32_t kWeightStream = 0;
+constexpr uint32_t kStateStream = 1;
+
+FUSEDOPT_HD inline void draw(RandomKey key, uint32_t index, uint32_t* out, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) out[i] = random_bits(key, index + uint32_t(i));
+}
+
+// From parameter and hidden part to the full weight, and back.
+template <class P>
+FUSEDOPT_HD inline void join_masters(const float* p, float* master, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) master[i] = join_master<P>(p[i], master[i]);
+}
+
+FUSEDOPT_HD inline void join_remainders(float* p, const int16_t* remainder, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) p[i] = join_remainder(p[i], remainder[i]);
+}
+
+template <class P>
+FUSEDOPT_HD inline void join_kahans(float* p, const float* lost, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) p[i] = join_kahan<P>(p[i], lost[i]);
+}
+
+FUSEDOPT_HD inline void move_off_upper_ties(float* p, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) p[i] = off_upper_tie(p[i]);
+}
+
+FUSEDOPT_HD inline void split_remainders(const float* p, int16_t* remainder, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) remainder[i] = lower_half(p[i]);
+}
+
+template <class P>
+FUSEDOPT_HD inline void split_kahans(const float* p, float* lost, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) lost[i] = p[i] - rounded<P>(p[i]);
+}
+
+template <class P>
+FUSEDOPT_HD inline void round_all_randomly(float* p, const uint32_t* random, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) p[i] = round_randomly(p[i], random[i], P{});
+}
+
+// 8-bit state: n elements of one block.
+template <class T>
+FUSEDOPT_HD inline uint32_t largest_magnitude(const T* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bit_cast<uint32_t>(float(x[i])) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+template <bool kSquare, class T>
+FUSEDOPT_HD inline void decode(const uint8_t* codes, float scale, T* out, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = kSquare ? decode_square(codes[i], scale) : decode_signed(codes[i], scale);
+  }
+}
+
+// `shift` picks the bits of `random` that this state uses.
+template <bool kSquare, class T>
+FUSEDOPT_HD inline void encode(const T* x, float inverse, const uint32_t* random, int shift,
+                               uint8_t* codes, int64_t n) {
+  constexpr uint32_t kMask = (1u << kCodeShift) - 1;
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = random[i] >> shift & kMask;
+    codes[i] = kSquare ? encode_square(float(x[i]), inverse, bits)
+                       : encode_signed(float(x[i]), inverse, bits);
   }
 }
 

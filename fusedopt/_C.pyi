@@ -1,4 +1,4 @@
-"""The extension, built from csrc/. Only fusedopt.optimizer imports it."""
+"""The extension, built from csrc/. Only fusedopt.extension imports it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +17,73 @@ def cpu_isas() -> str:
 def cpu_has_threads() -> bool:
     """False in a build without OpenMP."""
 
+def family_states(family: str) -> dict[str, bool]:
+    """The states of a family's rules, and whether they are squares (quantize.h)."""
+
+BLOCK: int
+"""The elements that share a scale in 8-bit state."""
+
+class NormType:
+    none: NormType
+    two: NormType
+    infinity: NormType
+    __members__: dict[str, NormType]
+
+class WeightPrecision:
+    nearest: WeightPrecision
+    master: WeightPrecision
+    remainder: WeightPrecision
+    stochastic: WeightPrecision
+    kahan: WeightPrecision
+    __members__: dict[str, WeightPrecision]
+
+def join_weights(
+    param: torch.Tensor,
+    hidden: torch.Tensor,
+    precision: WeightPrecision,
+    whole: torch.Tensor,
+    numel: int,
+) -> None:
+    """Writes the full weights to `whole` (float32). All contiguous, on the CPU."""
+
+def split_weights(
+    param: torch.Tensor,
+    hidden: torch.Tensor,
+    precision: WeightPrecision,
+    whole: torch.Tensor,
+    numel: int,
+) -> None:
+    """Writes full weights to parameter and hidden part."""
+
+def decode_state(
+    codes: torch.Tensor, scale: torch.Tensor, square: bool, values: torch.Tensor, numel: int
+) -> None:
+    """Writes the values (float32) of 8-bit codes."""
+
+def encode_state(
+    codes: torch.Tensor, scale: torch.Tensor, square: bool, values: torch.Tensor, numel: int
+) -> None:
+    """Writes the codes and scales of values (float32), rounded to the nearest."""
+
+class StepOptions:
+    """The options of the step, for Stepper.configure(); negative numbers: none."""
+
+    norm_type: NormType
+    max_grad_norm: float
+    max_grad_value: float
+    weight_precision: WeightPrecision
+    coded_state: bool
+    ema_decay: float
+    ema_warmup: bool
+    l1: float
+
 class Stepper:
-    """Takes the steps of one optimizer: begin(), gather(), run(), end()."""
+    """Takes the steps of one optimizer: begin(), gather(), measure(), run(), end()."""
 
     def __init__(self, family: str, unshared: Callable[[torch.Tensor], bool]) -> None:
         """unshared(tensor): whether nothing else leads to the tensor's memory."""
 
+    def configure(self, options: StepOptions) -> None: ...
     def begin(self) -> None:
         """RuntimeError when a step of this optimizer runs already."""
 
@@ -31,20 +92,33 @@ class Stepper:
         """Lets go of the state's tensors; they are looked for again at the next step."""
 
     def gather(
-        self, attributes: dict[str, Any], created: bool, grad_scale: float
+        self, attributes: dict[str, Any], created: bool, window: bool, accumulate: bool
     ) -> tuple[list[tuple[int, int, list[str]]], list[tuple[int, int, str]]] | None:
         """Reads and checks everything, and writes nothing.
 
         attributes: the optimizer's __dict__; what gather() leaves there as "_state_seen" must be
         removed, and forget() called, when someone asks for the state.
+        window: look for accumulated gradients. accumulate: accumulate() follows instead of run().
 
-        Returns None when run() may follow; else (missing, fallback). missing: (group, parameter,
+        Returns None when that may follow; else (missing, fallback). missing: (group, parameter,
         names) of state that must be created, after which gather(created=True) must be called.
         fallback: (group, parameter, reason) of what run() will leave to torch.
         """
 
+    def has_grads(self) -> bool:
+        """Whether gather() found any gradient beside the accumulated ones."""
+
     def updated(self) -> list[torch.Tensor]:
         """What run() will write to and others may know of: for autograd's version counters."""
 
-    def run(self, threads: int, stream: bool = False) -> None:
-        """Carries out what gather() found, without the GIL."""
+    def measure(self, threads: int, multiplier: float) -> tuple[float, str | None]:
+        """The norm of the gradients times a number, and where the first nan or inf is.
+
+        run() will clip by it.
+        """
+
+    def run(self, threads: int, multiplier: float, stream: bool) -> None:
+        """Carries out what gather() found, on gradients times a number, without the GIL."""
+
+    def accumulate(self, threads: int, count: int) -> int:
+        """Moves the gradients into grad_sum, now of count micro-batches; returns how many."""

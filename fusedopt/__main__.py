@@ -8,7 +8,7 @@ import platform
 import torch
 
 import fusedopt
-from fusedopt.optimizer import build_info
+from fusedopt.extension import build_info
 
 
 def info() -> str:

@@ -1,40 +1,41 @@
-"""What all fused optimizers share: the step, and loading checkpoints.
-
-This is the only module that imports the extension.
-"""
+"""What all fused optimizers share: the step, accumulation, and checkpoints."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-
-if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"fusedopt needs torch 2.10 or later; this is torch {torch.__version__}.")
-
 from torch.autograd.graph import increment_version
 
-try:
-    # After torch, so that the extension shares torch's OpenMP threads.
-    import fusedopt._C as _C
-except ImportError as error:
-    raise ImportError(
-        f"fusedopt's compiled extension cannot be loaded ({error}). In a checkout, build it with "
-        "`pip install -e .`; elsewhere, reinstall fusedopt."
-    ) from error
-
-_C.bind_torch(torch.Tensor, torch.nn.Parameter)
-ISA = _C.cpu_isa()
+from fusedopt.extension import kernels
+from fusedopt.options import ARGUMENTS, OPTIONS, Option, StepOptions, with_options
+from fusedopt.state import (
+    HALF,
+    HIDDEN,
+    adopt,
+    encode,
+    export,
+    hidden_part,
+    like,
+    rule_values,
+    whole_weight,
+    wide_dtype,
+)
 
 # (group, index within the group, what) of one parameter.
 _Missing = list[tuple[int, int, list[str]]]
 _Fallback = list[tuple[int, int, str]]
+# (group, index within the group, the state that was there before) of one parameter.
+_Created = list[tuple[int, int, dict[str, Any]]]
 
 
 def _references(tensor: Tensor) -> tuple[int, int, int] | None:
@@ -54,10 +55,40 @@ def _unshared(tensor: Tensor) -> bool:
     return _NO_OTHER_REFERENCES is not None and _references(tensor) == _NO_OTHER_REFERENCES
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     """The fused step, to be mixed into a stock optimizer class before that class.
 
-    A subclass names its rule family (``csrc/rules.h``) and the stock class it replaces.
+    A subclass names its rule family (``csrc/rules.h``) and the stock class it replaces. Beside
+    that class's arguments, the constructor takes these, by keyword. They stay attributes, may be
+    changed between steps, and are not part of ``state_dict``. ``docs/pipeline.md`` has the order
+    of operations, the bytes moved, and recipes.
+
+    Args:
+        max_grad_norm: Clip the norm of all gradients of all groups to this, inside the step, as
+            ``torch.nn.utils.clip_grad_norm_`` would before it; but no gradient is written.
+            Positive; inf measures and never clips. None: don't.
+        grad_norm_type: 2.0 (default) or inf.
+        max_grad_value: Clip every gradient element to [-max_grad_value, max_grad_value], as
+            ``torch.nn.utils.clip_grad_value_``. Not together with ``max_grad_norm``.
+        nonfinite: What a nan or inf among the gradients does: ``"propagate"`` into the weights,
+            as stock (default); ``"skip"`` the step, which leaves parameters and state as they
+            are, drops what was accumulated, and counts in :attr:`skipped_steps`; ``"raise"``: the
+            same, and RuntimeError.
+        weight_precision: How bfloat16 and float16 parameters are updated: ``"nearest"`` rounds
+            (default); ``"master"`` keeps a float32 copy in the state; ``"remainder"`` (bfloat16
+            only) its lower 16 bits, to the same effect; ``"stochastic"`` rounds at random, right
+            in the mean; ``"kahan"`` keeps what rounding took, in bfloat16. A weight that someone
+            overwrites between two steps wins over the hidden part.
+        state_dtype: What the rule's state is kept in: ``torch.float32``, ``torch.bfloat16``, or
+            ``torch.uint8`` for 8 bits with a scale for each 256 elements (``csrc/quantize.h``).
+            None: the parameter's dtype, or float32 for 16-bit parameters whose
+            ``weight_precision`` is not ``"nearest"``.
+        ema_decay: Keep ``state["ema"]``, an average of the weights: a copy before the first step,
+            then ``ema = ema_decay * ema + (1 - ema_decay) * weight``. In [0, 1).
+        ema_warmup: Use the decay ``min(ema_decay, (1 + t) / (10 + t))`` in step t.
+        l1: After each update bring every weight nearer to zero by ``lr * l1``, and to exactly
+            zero those that are nearer than that (the proximal operator of ``l1 * |w|``). A
+            parameter group may have an ``"l1"`` of its own.
     """
 
     _family: ClassVar[str]
@@ -66,6 +97,29 @@ class FusedOptimizer(torch.optim.Optimizer):
     # A GradScaler hands such an optimizer its scale and its verdict, instead of rewriting the
     # gradients before the step: the division happens in the kernel.
     _step_supports_amp_scaling = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        Option.set_all(self, {name: options.pop(name) for name in ARGUMENTS if name in options})
+        super().__init__(*args, **options)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__init__")
+        signature = inspect.signature(own if own is not None else cls._stock.__init__)
+        parameters = list(signature.parameters.values())[1:]
+        signature = signature.replace(parameters=parameters)
+        if own is None or any(p.name == "options" and p.kind == p.VAR_KEYWORD for p in parameters):
+            signature = with_options(signature)
+        cls.__signature__ = signature
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as stock; ValueError when an option of the step does not fit it."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     # Whoever asks for the state may change it, by hand and in any way, so the next step has to
     # look at all of it again; while nobody asks, it need not (csrc/stepper.h).
@@ -116,65 +170,310 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not found_inf.item():
+        if found_inf is not None and found_inf.item():
+            self._skip()
+            self._grad_norm = math.nan
+        else:
             self._fused_step()
         return loss
 
     def _fused_step(self, stream: bool = False) -> None:
         """One step; with ``stream``, a benchmark's stand-in that only moves the same bytes."""
-        stepper: _C.Stepper | None = self.__dict__.get("_stepper")
-        if stepper is None:
-            stepper = self._stepper = _C.Stepper(self._family, _unshared)
-        grad_scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
+        stepper = self._ready_stepper()
+        scale = self._grad_scale()
+        threads = torch.get_num_threads()
+        window = self._micro_batches > 0
+        # A gradient scaler has not seen what was accumulated.
+        policy = "skip" if window and self.nonfinite == "propagate" and scale else self.nonfinite
 
         stepper.begin()
+        created: _Created = []
         try:
-            report = stepper.gather(self.__dict__, False, scale)
+            report = stepper.gather(self.__dict__, False, window, False)
             if report is not None:
-                self._prepare(stepper, *report, scale)
+                self._prepare(stepper, created, *report, scale or 1.0)
+            divisor = self.grad_divisor
+            if divisor is None:
+                divisor = self._micro_batches + stepper.has_grads() if window else 1.0
+            multiplier = 1.0 / ((scale or 1.0) * divisor)
+            self._grad_norm = math.nan
+            if self.max_grad_norm is not None or policy != "propagate":
+                norm, place = stepper.measure(threads, multiplier)
+                self._grad_norm = norm
+                if place is not None and policy != "propagate":
+                    self._roll_back(created)
+                    self._skip()
+                    if policy == "raise":
+                        raise RuntimeError(
+                            f"{place}: its gradient holds nan or inf; nothing was updated"
+                        )
+                    return
             # Autograd must know what changes. Told now, while gather() has the tensors in the
             # processor's cache.
             increment_version(stepper.updated())
-            stepper.run(torch.get_num_threads(), stream)
+            stepper.run(threads, multiplier, stream)
+            self._micro_batches = 0
+        except BaseException:
+            self._roll_back(created)
+            raise
         finally:
             stepper.end()
 
+    def _ready_stepper(self) -> kernels.Stepper:
+        if self.__dict__.get("_swapped"):
+            raise RuntimeError("no steps within swap_ema(): the weights are not the model's own")
+        stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
+        if stepper is None:
+            stepper = self._stepper = kernels.Stepper(self._family, _unshared)
+            self._configured = False
+        if not self._configured:
+            stepper.configure(self._kernel_options())
+            self._configured = True
+        return stepper
+
+    def _options_changed(self) -> None:
+        self._configured = False
+        if "param_groups" in self.__dict__:
+            self._adopt_state()
+
+    def _grad_scale(self) -> float | None:
+        """The factor that a gradient scaler's loss had; None without a scaler."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            return float(scale)
+        if getattr(self, "found_inf", None) is None:
+            return None
+        if self._micro_batches:
+            raise RuntimeError(
+                "unscale_() of the gradient scaler has divided .grad by the scale, but not what "
+                "accumulate() has added up before: leave it away, and clip by max_grad_norm"
+            )
+        return 1.0
+
+    def _skip(self) -> None:
+        self._skipped_steps += 1
+        self._drop_window()
+
+    # Accumulation ---------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def accumulate(self) -> None:
+        """Add the gradients to the window's accumulated ones, and set them to None.
+
+        The next :meth:`step` adds the gradients that it finds to these and divides by the number
+        of micro-batches: the calls of this method since the last step, plus one if any parameter
+        has a gradient then; the same for all parameters, also for those that had no gradient in
+        some of them. Or by :attr:`grad_divisor`, when that is set.
+
+        Accumulators are ``state["grad_sum"]``: float32 (float64 for float64 parameters) of the
+        parameter's shape, made by the first call and kept from window to window.
+
+        Raises:
+            RuntimeError: A gradient does not fit its parameter, or is not one that the kernels
+                take (sparse, on another device). Nothing has been changed.
+        """
+        stepper = self._ready_stepper()
+        stepper.begin()
+        created: _Created = []
+        try:
+            report = stepper.gather(self.__dict__, False, True, True)
+            if report is not None:
+                self._refuse(report[1], "accumulate()")
+                self._create_state(report[0], created)
+                stepper.gather(self.__dict__, True, True, True)
+            count = self._micro_batches + 1
+            if not stepper.accumulate(torch.get_num_threads(), count):
+                for state in self._window_states():
+                    state["grad_count"].fill_(count)
+            self._micro_batches = count
+        except BaseException:
+            self._roll_back(created)
+            raise
+        finally:
+            stepper.end()
+
+    def _window_states(self) -> list[dict[str, Any]]:
+        """The states of the parameters that have accumulated gradients."""
+        states = self.__dict__["state"].values()
+        return [s for s in states if "grad_count" in s and s["grad_count"].item() > 0]
+
+    def _drop_window(self) -> None:
+        if self._micro_batches:
+            for state in self._window_states():
+                state["grad_count"].zero_()
+            self._micro_batches = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, as stock; also those that :meth:`accumulate` has added up."""
+        super().zero_grad(set_to_none)
+        self._drop_window()
+
+    # What a step tells --------------------------------------------------------------------
+
+    # These are instance attributes when they are not the class's.
+    _micro_batches: int = 0  # calls of accumulate() in the window
+    _grad_norm: float = math.nan
+    _skipped_steps: int = 0
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients in the last step, before clipping: float64, 0-dim.
+
+        After unscaling and averaging. nan before the first step, and when the last one did not
+        measure (neither ``max_grad_norm`` nor ``nonfinite``).
+        """
+        return torch.tensor(self._grad_norm, dtype=torch.float64, device="cpu")
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped because of gradients of nan or inf: int64, 0-dim.
+
+        By ``nonfinite`` or by a gradient scaler.
+        """
+        return torch.tensor(self._skipped_steps, dtype=torch.int64, device="cpu")
+
+    # The average of the weights ---------------------------------------------------------------
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the block, the parameters hold the average of the weights, for evaluation.
+
+        Whatever happens in the block, they are themselves again after it. A parameter that no
+        step has updated yet keeps its value. Costs a copy of the parameters while it lasts.
+
+        Raises:
+            RuntimeError: No ``ema_decay`` has been set; or one block within another.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("swap_ema() needs an ema_decay; it is None")
+        if self.__dict__.get("_swapped"):
+            raise RuntimeError("swap_ema() within swap_ema()")
+        state = self.__dict__["state"]
+        params = [p for g in self.param_groups for p in g["params"] if "ema" in state.get(p, ())]
+        weights = [p.detach().clone() for p in params]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for param in params:
+                    param.copy_(state[param]["ema"])
+            yield
+        finally:
+            with torch.no_grad():
+                for param, weight in zip(params, weights, strict=True):
+                    param.copy_(weight)
+            self._swapped = False
+
+    # State ------------------------------------------------------------------------------------
+
     def _prepare(
-        self, stepper: _C.Stepper, missing: _Missing, fallback: _Fallback, scale: float
+        self,
+        stepper: kernels.Stepper,
+        created: _Created,
+        missing: _Missing,
+        fallback: _Fallback,
+        scale: float,
     ) -> None:
         """Create the missing state and have torch update what the kernels do not take."""
-        created = self._create_state(missing)
-        try:
-            if created:
-                report = stepper.gather(self.__dict__, True, scale)
-                fallback = report[1] if report is not None else []
-            for group, index, _ in fallback:  # torch creates its own
-                self._discard_state(group, index, created.pop((group, index), []))
-            if fallback:
-                self._torch_step(fallback, scale)
-        except BaseException:
-            for (group, index), names in created.items():
-                self._discard_state(group, index, names)
-            raise
+        while missing:  # more than once when, of what there was, some turns out to be of no use
+            self._create_state(missing, created)
+            report = stepper.gather(self.__dict__, True, self._micro_batches > 0, False)
+            missing, fallback = report if report is not None else ([], [])
+        if not fallback:
+            return
+        used = [*self._used(), *(["accumulate()"] if self._micro_batches else [])]
+        if used:
+            self._refuse(fallback, used[0])
+        # torch creates its own.
+        places = {(group, index) for group, index, _ in fallback}
+        aside = [c for c in created if (c[0], c[1]) in places]
+        self._roll_back(aside)
+        created[:] = [c for c in created if (c[0], c[1]) not in places]
+        self._torch_step(fallback, scale)
 
-    def _create_state(self, missing: _Missing) -> dict[tuple[int, int], list[str]]:
-        """Create what is missing in ``self.state``; returns what was, by parameter."""
-        new = [
-            (self.param_groups[group]["params"][index], self.param_groups[group], name)
-            for group, index, names in missing
-            for name in names
-        ]
+    def _refuse(self, fallback: _Fallback, what: str) -> None:
+        for group, index, reason in fallback:
+            raise RuntimeError(
+                f"parameter {index} of group {group}: {reason}; {what} does not work with that"
+            )
+
+    def _create_state(self, missing: _Missing, created: _Created) -> None:
+        """Create what is missing; adds to ``created`` what there was before."""
+        new = []
+        for group_index, index, names in missing:
+            group = self.param_groups[group_index]
+            param = group["params"][index]
+            before = dict(self.state.get(param, {}))
+            entries: dict[str, Any] = {}
+            for name in names:
+                entries.update(self._new_entries(param, group, before, name))
+            new.append((group_index, index, param, before, entries))
         # All tensors before the first entry: when memory runs out, nothing has changed.
-        tensors = [
-            torch.zeros((), dtype=self._step_dtype(group), device="cpu")
-            if name == "step"
-            else self._new_state(param, name)
-            for param, group, name in new
-        ]
-        for (param, _, name), tensor in zip(new, tensors, strict=True):
-            self.state[param][name] = tensor
-        return {(group, index): names for group, index, names in missing}
+        for group_index, index, param, before, entries in new:
+            created.append((group_index, index, before))
+            self.state[param].update(entries)
+            for name in HIDDEN:
+                if name not in entries and not entries.keys().isdisjoint(HIDDEN):
+                    self.state[param].pop(name, None)
+
+    def _new_entries(
+        self, param: Tensor, group: dict[str, Any], state: dict[str, Any], name: str
+    ) -> dict[str, Tensor]:
+        """A new entry of a parameter's state, with what it needs beside it."""
+        if name == "step":
+            return {name: torch.zeros((), dtype=self._step_dtype(group), device="cpu")}
+        if name == "seed":
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+            return {name: seed}
+        if name == "grad_count":
+            return {name: torch.zeros((), dtype=torch.int64, device="cpu")}
+        if name == "grad_sum":
+            return {name: like(param, wide_dtype(param))}
+        if name == "ema":
+            return {name: whole_weight(param, state)}
+        if name in HIDDEN:
+            return {name: hidden_part(param, state, name)}
+        square = kernels.family_states(self._family)[name]
+        if state.get(name) is not None:  # in 8 bits, and the parameter's memory order has changed
+            codes, scale = encode(param, rule_values(state, name, square), square)
+            return {name: codes, f"{name}_scale": scale}
+        dtype = self._rule_dtype(param) or param.dtype
+        if dtype == torch.uint8:
+            values = self._new_state(param, name, torch.float32).nan_to_num_()
+            codes, scale = encode(param, values, square)
+            return {name: codes, f"{name}_scale": scale}
+        return {name: self._new_state(param, name, dtype)}
+
+    def _rule_dtype(self, param: Tensor) -> torch.dtype | None:
+        """What a parameter's rule state is kept in; None: as stock, or as it was loaded."""
+        if param.is_complex():
+            return wide_dtype(param) if self.state_dtype == torch.float32 else None
+        if self.state_dtype is not None:
+            return self.state_dtype
+        if self.weight_precision != "nearest" and param.dtype in HALF:
+            return torch.float32
+        return None
+
+    def _adopt_state(self) -> None:
+        """Bring all state into the form that the options ask for."""
+        squares = kernels.family_states(self._family)
+        state = self.state
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in state and param.device.type == "cpu":
+                    wanted = self.weight_precision if param.dtype in HALF else None
+                    hidden = wanted if wanted in HIDDEN else None
+                    adopt(param, state[param], squares, self._rule_dtype(param), hidden)
+
+    def _roll_back(self, created: _Created) -> None:
+        """Undo :meth:`_create_state`."""
+        for group, index, before in created:
+            param = self.param_groups[group]["params"][index]
+            state = self.state[param]
+            state.clear()
+            state.update(before)
+            if not state:
+                del self.state[param]
+        created.clear()
 
     @staticmethod
     def _step_dtype(group: dict[str, Any]) -> torch.dtype:
@@ -184,15 +483,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch.float64 if default == torch.float64 and not group.get("fused") else torch.float32
         )
 
-    def _new_state(self, param: Tensor, name: str) -> Tensor:
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
-
-    def _discard_state(self, group: int, index: int, names: list[str]) -> None:
-        param = self.param_groups[group]["params"][index]
-        for name in names:
-            self.state[param].pop(name, None)
-        if not self.state[param]:
-            del self.state[param]
+    def _new_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        return like(param, dtype).zero_()
 
     def _torch_step(self, fallback: _Fallback, scale: float) -> None:
         """Update some parameters by the stock class's own step."""
@@ -237,11 +529,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self._warned = True
 
+    # Checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As stock's, and for stock to load: states in 8 bits are given in bfloat16, exactly."""
+        squares = kernels.family_states(self._family)
+
+        def export_all(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            final["state"] = {
+                i: export(state, squares) if isinstance(state, dict) else state
+                for i, state in final["state"].items()
+            }
+
+        hook = self.register_state_dict_post_hook(export_all, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this or of the stock optimizer.
 
-        As stock, except that state tensors keep the dtype they were saved in, where stock casts
-        them to the parameter's (pytorch issue 43706).
+        As stock, except that state keeps the dtype it was saved in, where stock casts it to the
+        parameter's (pytorch issue 43706), unless ``state_dtype`` asks for another one. With a
+        ``weight_precision`` other than the checkpoint's, the hidden part of the weights is made
+        from the one that was saved; without any, from the weights.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
@@ -249,6 +561,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The parameter groups do not match.
         """
+        if self.__dict__.get("_swapped"):
+            raise RuntimeError("no load_state_dict() within swap_ema()")
         loaded: dict[str, Any] = {}
 
         def remember(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
@@ -259,8 +573,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = [param for group in self.param_groups for param in group["params"]]
             for i, param in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
-                    if name != "step" and isinstance(value, Tensor) and value.is_floating_point():
+                    if name != "step" and isinstance(value, Tensor):
                         self.state[param][name] = value.to(param.device)
+            self._adopt_state()
+            counts = [int(state["grad_count"]) for state in self._window_states()]
+            self._micro_batches = max(counts, default=0)
 
         hooks = [
             self.register_load_state_dict_pre_hook(remember),
@@ -272,12 +589,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-
-def build_info() -> dict[str, str]:
-    """What ``python -m fusedopt info`` prints about the extension."""
-    threads = torch.get_num_threads()
-    return {
-        "instruction set": f"{ISA} (of: {_C.cpu_isas()})",
-        "threads": str(threads) if _C.cpu_has_threads() else "1 (built without OpenMP)",
-        "CUDA": "no (this release has CPU kernels only)",
-    }
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: also the options and what the last steps told."""
+        own = [*OPTIONS, "_micro_batches", "_grad_norm", "_skipped_steps"]
+        kept = {name: self.__dict__[name] for name in own if name in self.__dict__}
+        return {**super().__getstate__(), **kept}

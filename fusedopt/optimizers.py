@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.state import like
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -54,9 +55,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _family = "sgd"
     _stock = torch.optim.SGD
 
-    def _new_state(self, param: Tensor, name: str) -> Tensor:
-        # The first update writes the buffer without reading it.
-        return torch.empty_like(param, memory_format=torch.preserve_format)
+    def _new_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        return like(param, dtype)  # the first update writes the buffer without reading it
 
 
 class Momentum(SGD):
@@ -74,6 +74,7 @@ class Momentum(SGD):
         dampening: None: follows the momentum, also when a scheduler changes it. A number stays.
         weight_decay: L2 penalty, at least 0 (default: 0).
         maximize: Ascend instead (default: False).
+        **options: Those of the step (:class:`fusedopt.optimizer.FusedOptimizer`).
 
     Raises:
         ValueError: An argument is out of its range.
@@ -88,6 +89,7 @@ class Momentum(SGD):
         weight_decay: float | Tensor = 0,
         *,
         maximize: bool = False,
+        **options: Any,
     ) -> None:
         self._follows = dampening is None  # for add_param_group, which the base class calls
         super().__init__(
@@ -97,6 +99,7 @@ class Momentum(SGD):
             momentum if dampening is None else dampening,
             weight_decay,
             maximize=maximize,
+            **options,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,8 +163,6 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     _family = "adagrad"
     _stock = torch.optim.Adagrad
 
-    def _new_state(self, param: Tensor, name: str) -> Tensor:
+    def _new_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
-        if param.is_complex():
-            value = complex(value, value)
-        return torch.full_like(param, value, memory_format=torch.preserve_format)
+        return like(param, dtype).fill_(complex(value, value) if param.is_complex() else value)

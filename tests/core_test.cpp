@@ -3,6 +3,7 @@
 // any step outside. Prints what failed, or a count of the checks.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -27,18 +28,16 @@ void check(bool ok, const char* what, int a = 0, int b = 0, int64_t c = 0) {
   if (++failures < 20) std::printf("failed: %s (%d, %d, %lld)\n", what, a, b, (long long)c);
 }
 
-using Kernel = decltype(&base::update_range);
-
 struct Isa {
   const char* name;
-  Kernel kernel;
+  const Kernels* kernels;
 };
 
 std::vector<Isa> isas() {
-  std::vector<Isa> list = {{"base", base::update_range}};
+  std::vector<Isa> list = {{"base", &base::kKernels}};
 #ifdef FUSEDOPT_X86
-  if (std::strstr(cpu_isas(), "avx2")) list.push_back({"avx2", avx2::update_range});
-  if (std::strstr(cpu_isas(), "avx512")) list.push_back({"avx512", avx512::update_range});
+  if (std::strstr(cpu_isas(), "avx2")) list.push_back({"avx2", &avx2::kKernels});
+  if (std::strstr(cpu_isas(), "avx512")) list.push_back({"avx512", &avx512::kKernels});
 #endif
   return list;
 }
@@ -74,6 +73,7 @@ struct Tensor {
       case DType::kFloat64: return base::store(value, *reinterpret_cast<double*>(at(i)));
       case DType::kBFloat16: return base::store(value, *reinterpret_cast<base::BFloat16*>(at(i)));
       case DType::kFloat16: return base::store(value, *reinterpret_cast<base::Float16*>(at(i)));
+      default: std::abort();
     }
   }
   double get(int64_t i) const {
@@ -82,8 +82,8 @@ struct Tensor {
       case DType::kFloat64: return base::load<double>(*reinterpret_cast<double*>(at(i)));
       case DType::kBFloat16: return base::load<double>(*reinterpret_cast<base::BFloat16*>(at(i)));
       case DType::kFloat16: return base::load<double>(*reinterpret_cast<base::Float16*>(at(i)));
+      default: std::abort();
     }
-    return 0;
   }
   Operand operand() const { return {block.get(), dtype, stride == 1 ? nullptr : &layout}; }
 };
@@ -110,12 +110,12 @@ Model make_model(const std::vector<int64_t>& sizes, DType param, DType state, in
   return model;
 }
 
-void update(const Model& model, int rule, double multiplier, int parts, Kernel kernel) {
+void update(const Model& model, int rule, double multiplier, int parts, const Kernels* kernels) {
   Group group;
   group.rule = rule;
   const double hyper[kMaxHypers] = {0.01, 0.9, 0.1, 1e-6, 0.5, 0};
   std::copy(hyper, hyper + kMaxHypers, group.hyper);
-  group.grad_multiplier = multiplier;
+  group.sign = multiplier < 0 ? -1 : 1;
   std::vector<Task> tasks(model.size());
   std::vector<const Task*> pointers;
   std::vector<int64_t> begin = {0};
@@ -130,13 +130,14 @@ void update(const Model& model, int rule, double multiplier, int parts, Kernel k
     pointers.push_back(&task);
     begin.push_back(begin.back() + task.numel + kTaskOverhead);
   }
-  const Plan plan{&group, pointers.data(), int64_t(tasks.size()), begin.data()};
-  if (kernel == nullptr) return cpu_run(plan, parts);
+  Plan plan{&group, pointers.data(), int64_t(tasks.size()), begin.data(), {}};
+  plan.stages.grad_multiplier = std::fabs(multiplier);
+  if (kernels == nullptr) return cpu_update(plan, parts, false);
   for (int part = 0; part < parts; ++part) {
     const int64_t from = begin.back() * part / parts, to = begin.back() * (part + 1) / parts;
     int64_t first = 0;
     while (begin[first + 1] <= from) ++first;
-    kernel(plan, first, from, to);
+    kernels->update(plan, first, from, to);
   }
 }
 
@@ -171,7 +172,7 @@ void test_kernels() {
         for (double multiplier : {1.0, -0.5}) {
           const Model start = make_model(sizes, param, state, 1);
           Model reference = start;
-          update(reference, rule, multiplier, 1, base::update_range);
+          update(reference, rule, multiplier, 1, &base::kKernels);
           check(!same_bits(start, reference), "the kernel does something", rule, int(param));
           const Model* fused = nullptr;
           std::vector<Model> results;
@@ -179,8 +180,8 @@ void test_kernels() {
           for (const Isa& isa : isas()) {
             for (int parts : {1, 2, 7}) {
               Model model = start;
-              update(model, rule, multiplier, parts, isa.kernel);
-              if (isa.kernel == base::update_range) {
+              update(model, rule, multiplier, parts, isa.kernels);
+              if (isa.kernels == &base::kKernels) {
                 check(same_bits(model, reference), "any number of parts", rule, int(param), parts);
                 continue;
               }
@@ -199,7 +200,7 @@ void test_kernels() {
           }
           // With gaps between the elements: the same values, and the gaps untouched.
           Model strided = make_model(sizes, param, state, 3);
-          update(strided, rule, multiplier, 2, base::update_range);
+          update(strided, rule, multiplier, 2, &base::kKernels);
           check(close(strided, reference, 0), "strided", rule, int(param));
           for (const auto& tensors : strided) {
             for (const Tensor& tensor : tensors) {

@@ -1,0 +1,177 @@
+"""The forms in which a parameter's state is kept, and the ways between them.
+
+In a parameter's state dict, beside what stock torch has there:
+
+==============  ===========================  ========================================================
+``master``      float32, parameter's shape   the whole weight, of which the parameter is the rounding
+``remainder``   int16, parameter's shape     the lower half of the whole weight's bits
+``kahan``       bfloat16, parameter's shape  what rounding took from the whole weight
+``ema``         float32 or float64           the average of the whole weights
+``grad_sum``    float32 or float64           the gradients of the window's first micro-batches
+``grad_count``  int64, 0-dim                 how many micro-batches; 0: ``grad_sum`` means nothing
+``seed``        int64, 0-dim                 of the random bits for stochastic rounding
+``X_scale``     float32, 1-dim               the scales of a state X that is kept in 8 bits
+==============  ===========================  ========================================================
+
+All are made by the step that first needs them. The arithmetic is the extension's (``csrc/store.h``
+and ``csrc/quantize.h``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.extension import kernels
+
+HIDDEN = ("master", "remainder", "kahan")
+HALF = (torch.bfloat16, torch.float16)
+_HIDDEN_DTYPES = {"master": torch.float32, "remainder": torch.int16, "kahan": torch.bfloat16}
+_WIDE = {
+    torch.float64: torch.float64,
+    torch.complex128: torch.complex128,
+    torch.complex64: torch.complex64,
+    torch.complex32: torch.complex64,
+}
+
+
+def wide_dtype(param: Tensor) -> torch.dtype:
+    """The type that a parameter's arithmetic is done in."""
+    return _WIDE.get(param.dtype, torch.float32)
+
+
+def like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor of a parameter's shape, dense, in the parameter's memory order."""
+    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1)
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+@torch.no_grad()
+def whole_weight(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """A parameter's weight in full precision, from whichever hidden part its state has."""
+    whole = like(param, wide_dtype(param)).copy_(param.detach())
+    if param.dtype not in HALF:
+        return whole
+    for name in HIDDEN:
+        hidden = state.get(name)
+        if hidden is not None:
+            values = torch.empty(param.numel(), dtype=torch.float32, device="cpu")
+            kernels.join_weights(
+                _rows(param),
+                _rows(hidden).clone(),
+                kernels.WeightPrecision.__members__[name],
+                values,
+                param.numel(),
+            )
+            return whole.copy_(values.view(param.shape))
+    return whole
+
+
+@torch.no_grad()
+def hidden_part(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
+    """The hidden part of a name in ``HIDDEN``, from whichever one the state has."""
+    hidden = torch.empty(param.numel(), dtype=_HIDDEN_DTYPES[name], device="cpu")
+    kernels.split_weights(
+        _rows(param).clone(),
+        hidden,
+        kernels.WeightPrecision.__members__[name],
+        _rows(whole_weight(param, state)),
+        param.numel(),
+    )
+    return like(param, hidden.dtype).copy_(hidden.view(param.shape))
+
+
+def decode(codes: Tensor, scale: Tensor, square: bool, dtype: torch.dtype) -> Tensor:
+    """A state's values from their 8-bit codes; exact in bfloat16."""
+    values = like(codes, torch.float32)
+    kernels.decode_state(_memory(codes), scale, square, _memory(values), codes.numel())
+    return values.to(dtype)
+
+
+def encode(param: Tensor, values: Tensor, square: bool) -> tuple[Tensor, Tensor]:
+    """8-bit codes and their scales of a state's values, rounded to the nearest."""
+    codes = like(param, torch.uint8)
+    ordered = like(param, torch.float32).copy_(values)
+    blocks = -(-codes.numel() // kernels.BLOCK)
+    scale = torch.empty(blocks, dtype=torch.float32, device="cpu")
+    kernels.encode_state(_memory(codes), scale, square, _memory(ordered), codes.numel())
+    return codes, scale
+
+
+def rule_values(state: dict[str, Any], name: str, square: bool) -> Tensor:
+    """A rule's state as floating-point numbers, in whatever form it is kept."""
+    value: Tensor = state[name]
+    if value.dtype == torch.uint8:
+        return decode(value, state[f"{name}_scale"], square, torch.bfloat16)
+    return value
+
+
+def export(state: dict[str, Any], squares: dict[str, bool]) -> dict[str, Any]:
+    """A parameter's state as a checkpoint holds it: plain tensors, for any optimizer to load.
+
+    States in 8 bits become bfloat16, which holds their values exactly; an accumulator that holds
+    nothing is left out.
+    """
+    exported = dict(state)
+    for name, square in squares.items():
+        if f"{name}_scale" in state:
+            exported[name] = rule_values(state, name, square)
+            del exported[f"{name}_scale"]
+    if "grad_count" in state and not int(state["grad_count"]):
+        exported.pop("grad_sum", None)
+        del exported["grad_count"]
+    return exported
+
+
+def adopt(
+    param: Tensor,
+    state: dict[str, Any],
+    squares: dict[str, bool],
+    dtype: torch.dtype | None,
+    hidden: str | None,
+) -> None:
+    """Bring a loaded state into the form that an optimizer keeps, in place.
+
+    Args:
+        param: The parameter.
+        state: Its state.
+        squares: The rule's states, and whether they are squares.
+        dtype: What the rule's states shall be kept in; None: as they are.
+        hidden: The hidden part that the weight shall have, or None. When the state has another
+            one instead, that one stays: the next step, when also the weight has been loaded for
+            sure, makes this one from it.
+    """
+    for name, square in squares.items():
+        value = state.get(name)
+        if not isinstance(value, Tensor):
+            continue
+        if dtype == torch.uint8:
+            if value.dtype != torch.uint8:
+                state[name], state[f"{name}_scale"] = encode(param, value, square)
+        elif value.dtype == torch.uint8:
+            state[name] = rule_values(state, name, square).to(dtype or torch.bfloat16)
+            state.pop(f"{name}_scale")
+        elif dtype is not None and value.dtype != dtype:
+            state[name] = value.to(dtype)
+    present = [name for name in HIDDEN if name in state]
+    if hidden is None or hidden in present:
+        for name in present:
+            if name != hidden:
+                del state[name]
+    # Another library may have cast what is no floating-point number. Half of the weights' bits
+    # cannot be had back; numbers can.
+    if isinstance(state.get("remainder"), Tensor) and state["remainder"].dtype != torch.int16:
+        del state["remainder"]
+    for name in ("seed", "grad_count"):
+        if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int64:
+            state[name] = state[name].to(torch.int64)
