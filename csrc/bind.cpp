@@ -57,8 +57,8 @@ PYBIND11_MODULE(_C, m) {
       // A copy of an optimizer makes a stepper of its own.
       .def("__reduce__",
            [](const Stepper&) { return py::make_tuple(py::type::of(py::none()), py::tuple()); })
-      .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("created"),
-           py::arg("window"), py::arg("accumulate"))
+      .def("gather", &Stepper::gather, py::arg("attributes"), py::arg("created"), py::arg("window"),
+           py::arg("accumulate"))
       .def("has_grads", &Stepper::has_grads)
       .def("updated", &Stepper::updated)
       .def("measure", &Stepper::measure, py::arg("threads"), py::arg("multiplier"))

@@ -53,8 +53,8 @@ inline void split_weights(const py::object& param, const py::object& hidden,
   cpu_kernels().split_weights(task, floats(whole, "whole", numel));
 }
 
-inline Task state_task(const py::object& codes, const py::object& scale, bool square,
-                       int64_t numel, Extras* extras) {
+inline Task state_task(const py::object& codes, const py::object& scale, bool square, int64_t numel,
+                       Extras* extras) {
   extras->scale[0] = floats(scale, "scale", (numel + kBlock - 1) / kBlock);
   extras->square[0] = square;
   Task task;

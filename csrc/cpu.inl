@@ -50,10 +50,21 @@ inline void for_each_run(const Layout& layout, int64_t begin, int64_t n, F&& f) 
   }
 }
 
+// Has a tile on its way. Called for the one after that which is being loaded: a tile is read in a
+// burst, and while it is computed the processor's own prefetching comes to a halt.
+template <class Stored>
+inline void prefetch_tile(const Stored* from) {
+  const char* const data = reinterpret_cast<const char*>(from);
+  for (int64_t line = 0; line < kTile * int64_t(sizeof(Stored)); line += 64) {
+    __builtin_prefetch(data + line);
+  }
+}
+
 template <class T, class Stored>
 inline void load_tile(const Stored* from, const Layout* layout, int64_t begin, int64_t n, T* out) {
   if (layout == nullptr) {
     from += begin;
+    prefetch_tile(from + kTile);
     FUSEDOPT_VECTORIZE
     for (int64_t i = 0; i < n; ++i) out[i] = load<T>(from[i]);
     return;
@@ -151,6 +162,7 @@ template <class T>
 inline T* open_state(const Task& task, int k, int64_t begin, int64_t n, T* buffer) {
   if (task.state[k].dtype != DType::kUInt8) return open_tile(task.state[k], begin, n, buffer);
   const uint8_t* codes = static_cast<const uint8_t*>(task.state[k].data);
+  prefetch_tile(codes + begin + kTile);
   for (int64_t at = begin; at < begin + n; at += kBlock) {
     const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
     const float scale = task.extras->scale[k][at / kBlock];
@@ -241,7 +253,8 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
     }
     case WeightPrecision::kKahan: {
       const float* lost = open_tile(hidden, begin, n, hidden_buffer);
-      with_format(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
+      with_format(task.param.dtype,
+                  [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
       break;
     }
   }
@@ -277,8 +290,8 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
     }
     case WeightPrecision::kStochastic: {
       alignas(64) uint32_t random[kTile];
-      const RandomKey key = random_key(task.extras->seed, uint64_t(task.step), kWeightStream,
-                                       uint32_t(begin >> 32));
+      const RandomKey key =
+          random_key(task.extras->seed, uint64_t(task.step), kWeightStream, uint32_t(begin >> 32));
       draw(key, uint32_t(begin), random, n);
       with_format(task.param.dtype,
                   [&](auto format) { round_all_randomly<decltype(format)>(p, random, n); });
@@ -291,7 +304,7 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
 // A step without stages on tensors that need no conversion: there is no need for tiles.
 template <class Rule, class T>
 inline bool is_direct(const Task& task, const TileStages<T>& stages) {
-  bool direct = task.extras == nullptr && stages.leave_gradient() && stages.shrink == 0 &&
+  bool direct = task.extras == nullptr && !stages.limits() && stages.shrink == 0 &&
                 in_place<T>(task.param) && in_place<T>(task.grad);
   for (int k = 0; k < Rule::kStates; ++k) direct = direct && in_place<T>(task.state[k]);
   return direct;
@@ -304,7 +317,8 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
   if (is_direct<Rule>(task, stages)) {
     for (int k = 0; k < Rule::kStates; ++k) s[k] = static_cast<T*>(task.state[k].data) + begin;
     return apply_rule(rule, static_cast<T*>(task.param.data) + begin,
-                      static_cast<const T*>(task.grad.data) + begin, s, end - begin);
+                      static_cast<const T*>(task.grad.data) + begin, stages.multiplier,
+                      stages.factor, s, end - begin);
   }
   const Extras* extras = task.extras;
   bool coded = false;
@@ -317,11 +331,11 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
     T* p = open_weights(task, at, n, buffer[0]);
     const T* g = open_gradients(task, at, n, buffer[1]);
     for (int k = 0; k < Rule::kStates; ++k) s[k] = open_state(task, k, at, n, buffer[2 + k]);
-    if (!stages.leave_gradient()) {
-      prepare_gradients(g, stages, buffer[1], n);
+    if (stages.limits()) {
+      limit_gradients(g, stages, buffer[1], n);
       g = buffer[1];
     }
-    apply_rule(rule, p, g, s, n);
+    apply_rule(rule, p, g, stages.limits() ? T(1) : stages.multiplier, stages.factor, s, n);
     if (stages.shrink != 0) shrink(p, stages.shrink, n);
     if (extras != nullptr && extras->ema.data != nullptr) {
       T* ema = open_tile(extras->ema, at, n, buffer[1]);
@@ -428,6 +442,8 @@ inline void add_squares(const T* g, int64_t n, double* lanes) {
   for (int64_t k = 0; k < kLanes; ++k) sum[k] = lanes[k];
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    // Beyond the page, where the processor's own prefetching ends.
+    for (int64_t k = 0; k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(g + i + 1024 + k);
     for (int64_t k = 0; k < kLanes; ++k) sum[k] = add_square(sum[k], g[i + k]);
   }
   for (; i < n; ++i) sum[i % kLanes] = add_square(sum[i % kLanes], g[i]);

@@ -37,9 +37,9 @@ enum class WeightPrecision : uint8_t { kNearest, kMaster, kRemainder, kStochasti
 // What only some parameters have.
 struct Extras {
   WeightPrecision precision = WeightPrecision::kNearest;
-  Operand hidden;    // the hidden part of a master, remainder or kahan weight
-  Operand ema;       // the average of the weights
-  Operand grad_sum;  // gradients accumulated before this step
+  Operand hidden;            // the hidden part of a master, remainder or kahan weight
+  Operand ema;               // the average of the weights
+  Operand grad_sum;          // gradients accumulated before this step
   bool accumulated = false;  // grad_sum holds something
   // Of states in 8 bits (DType::kUInt8): a scale to each kBlock elements, and which of the two
   // formats of quantize.h.

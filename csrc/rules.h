@@ -133,12 +133,13 @@ struct Sgd {
 
 // RMSprop: Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, equations 38 to 45.
 // As in torch, eps is added to the root, not under it.
-constexpr Family kRmspropFamily = {"rmsprop",
-                                   {"lr", "alpha", "eps", "weight_decay", "momentum"},
-                                   {"momentum", "centered?"},
-                                   {{"square_avg", -1, true}, {"momentum_buffer", 0, false}, {"grad_avg", 1, false}},
-                                   true,
-                                   false};
+constexpr Family kRmspropFamily = {
+    "rmsprop",
+    {"lr", "alpha", "eps", "weight_decay", "momentum"},
+    {"momentum", "centered?"},
+    {{"square_avg", -1, true}, {"momentum_buffer", 0, false}, {"grad_avg", 1, false}},
+    true,
+    false};
 
 template <class T, bool kMomentum, bool kCentered>
 struct Rmsprop {

@@ -679,8 +679,9 @@ class Stepper {
                       view.dtype == DType::kFloat32 && !view.complex && is_row_major(view) &&
                       count(view) == (count(p) + kBlock - 1) / kBlock;
       if (!ok) {
-        fail(place, "the scale of state[" + quoted(group_states_[k]) + "] is not a float32 tensor " +
-                        "with an element for each " + std::to_string(kBlock) + " of the state's");
+        fail(place, "the scale of state[" + quoted(group_states_[k]) +
+                        "] is not a float32 tensor " + "with an element for each " +
+                        std::to_string(kBlock) + " of the state's");
       }
       extras.scale[k] = reinterpret_cast<float*>(view.data);
     }

@@ -71,18 +71,16 @@ FUSEDOPT_HD inline float round_randomly(float x, uint32_t random, BFloat16) {
 
 FUSEDOPT_HD inline float round_randomly(float x, uint32_t random, Float16) {
   const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
-  const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) ^ sign);
-  const float bounded = magnitude < 65536.0f ? magnitude : 65536.0f;
-  // The distance between neighbours: 2^-10 of the power of two below, at least 2^-24.
-  const uint32_t power = bit_cast<uint32_t>(bounded) & 0x7f800000u;
-  const uint32_t exponent = power < (113u << 23) ? (113u << 23) : power;
-  const float unit = bit_cast<float>(exponent - (10u << 23));
-  const float per_unit = bit_cast<float>((254u << 23) - (exponent - (10u << 23)));
-  // Exact: at most 11 bits before the point and 13 behind it. (Below 2^-14, rounded there.)
-  const float shifted = bounded * per_unit + float(random >> 19) * 0x1p-13f;
-  const float up = float(int32_t(shifted)) * unit;
-  const float result = magnitude < 65536.0f ? up : magnitude;
-  return bit_cast<float>(bit_cast<uint32_t>(result) | sign);
+  const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  // From 2^-14 on, the lower 13 bits are what a half has no room for. (inf and nan keep theirs.)
+  const uint32_t normal = (magnitude + (random >> 19)) & ~0x1fffu;
+  // Below, halves are the multiples of 2^-24.
+  const uint32_t bounded = magnitude < (113u << 23) ? magnitude : (113u << 23);
+  const float multiple =
+      bit_cast<float>(bounded) * 0x1p24f + float(int32_t(random >> 19)) * 0x1p-13f;
+  const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(multiple)) * 0x1p-24f);
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  return bit_cast<float>(sign | (magnitude < 0x7f800000u ? finite : magnitude));
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -38,16 +38,12 @@ struct TileStages {
         shrink(T(group.l1 * group.hyper[0])) {
     // The warm-up of TensorFlow's ExponentialMovingAverage.
     const double warm = (1 + step) / (10 + step);
-    const double decay =
-        stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;
+    const double decay = stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;
     ema_weight = T(1 - decay);
   }
 
-  // Whether the rule may be given the gradient as it lies in memory. (A factor of nan differs
-  // from 1.)
-  FUSEDOPT_HD bool leave_gradient() const {
-    return multiplier == 1 && factor == 1 && limit < 0;
-  }
+  // Only a limit needs a loop of its own; the rule's loop multiplies.
+  FUSEDOPT_HD bool limits() const { return limit >= 0; }
 };
 
 template <class T>
@@ -56,32 +52,20 @@ FUSEDOPT_HD inline void add(const T* a, const T* b, T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
 }
 
+// Unscales and clips by value; what is left to do is the factor.
 template <class T>
-FUSEDOPT_HD inline void scale(const T* x, T factor, T* out, int64_t n) {
+FUSEDOPT_HD inline void limit_gradients(const T* g, const TileStages<T>& stages, T* out,
+                                        int64_t n) {
+  const T multiplier = stages.multiplier, limit = stages.limit;
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
+  for (int64_t i = 0; i < n; ++i) out[i] = clamp(g[i] * multiplier, limit);
 }
 
-// From the sum of the gradients to what the rule sees.
-template <class T>
-FUSEDOPT_HD inline void prepare_gradients(const T* g, const TileStages<T>& stages, T* out,
-                                          int64_t n) {
-  if (stages.multiplier != 1) {
-    scale(g, stages.multiplier, out, n);
-    g = out;
-  }
-  if (stages.limit >= 0) {
-    const T limit = stages.limit;
-    FUSEDOPT_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = clamp(g[i], limit);
-    g = out;
-  }
-  if (stages.factor != 1) scale(g, stages.factor, out, n);
-}
-
-// Applies the rule to n elements in place. `s` holds the states' arrays.
+// Applies the rule to n elements in place, on gradients times multiplier times factor. (One may
+// be finite where their product is not.) `s` holds the states' arrays.
 template <class Rule, class T>
-FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T* const* s, int64_t n) {
+FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T multiplier, T factor,
+                                   T* const* s, int64_t n) {
   // One name per array, so that the loop below is free of double indirections.
   T* const s0 = Rule::kStates > 0 ? s[0] : nullptr;
   T* const s1 = Rule::kStates > 1 ? s[1] : nullptr;
@@ -93,7 +77,7 @@ FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T* const* 
     if constexpr (Rule::kStates > 1) state[1] = s1[i];
     if constexpr (Rule::kStates > 2) state[2] = s2[i];
     T weight = p[i];
-    rule(weight, g[i], state);
+    rule(weight, g[i] * multiplier * factor, state);
     p[i] = weight;
     if constexpr (Rule::kStates > 0) s0[i] = state[0];
     if constexpr (Rule::kStates > 1) s1[i] = state[1];
