@@ -171,7 +171,9 @@ SUITES: dict[str, tuple[Sequence[str], Contenders]] = {
             "stochastic": (lambda case: ours(case, BF16, weight_precision="stochastic"), 22),
             "kahan": (lambda case: ours(case, BF16, weight_precision="kahan"), 26),
             "remainder, 8 bits": (
-                lambda case: ours(case, BF16, weight_precision="remainder", state_dtype=torch.uint8),
+                lambda case: ours(
+                    case, BF16, weight_precision="remainder", state_dtype=torch.uint8
+                ),
                 14,
             ),
             "torch fused, bfloat16": (lambda case: torch_fused(case, BF16), 14),

@@ -204,10 +204,14 @@ inline void with_format(DType dtype, F&& f) {
   f(Float16{});
 }
 
-inline const int16_t* open_remainders(const Operand& hidden, int64_t begin, int64_t n,
-                                      int16_t* buffer) {
+// Hidden parts of 16 bits.
+inline const int16_t* open_hidden(const Operand& hidden, int64_t begin, int64_t n,
+                                  int16_t* buffer) {
   const int16_t* data = static_cast<const int16_t*>(hidden.data);
-  if (hidden.layout == nullptr) return data + begin;
+  if (hidden.layout == nullptr) {
+    prefetch_tile(data + begin + kTile);
+    return data + begin;
+  }
   const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
   int16_t* out = buffer;
   for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
@@ -216,12 +220,17 @@ inline const int16_t* open_remainders(const Operand& hidden, int64_t begin, int6
   return buffer;
 }
 
-inline void close_remainders(const Operand& hidden, int64_t begin, int64_t n, const float* whole) {
+// Calls split(to) with where to write the hidden parts of a tile.
+template <class F>
+inline void close_hidden(const Operand& hidden, int64_t begin, int64_t n, F&& split) {
   int16_t* data = static_cast<int16_t*>(hidden.data);
-  if (hidden.layout == nullptr) return split_remainders(whole, data + begin, n);
+  if (hidden.layout == nullptr) return split(data + begin);
+  alignas(64) int16_t buffer[kTile];
+  split(buffer);
+  const int16_t* from = buffer;
   const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
   for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = lower_half(*whole++);
+    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = *from++;
   });
 }
 
@@ -234,12 +243,12 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
   float* p = open_tile(task.param, begin, n, buffer);
   if (task.extras == nullptr) return p;
   const Operand& hidden = task.extras->hidden;
-  alignas(64) float hidden_buffer[kTile];
   switch (task.extras->precision) {
     case WeightPrecision::kNearest:
     case WeightPrecision::kStochastic: break;
     case WeightPrecision::kMaster: {
-      float* master = open_tile(hidden, begin, n, hidden_buffer);
+      alignas(64) float master_buffer[kTile];
+      float* master = open_tile(hidden, begin, n, master_buffer);
       with_format(task.param.dtype,
                   [&](auto format) { join_masters<decltype(format)>(p, master, n); });
       if (in_place<float>(hidden)) return master;
@@ -247,12 +256,13 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
       break;
     }
     case WeightPrecision::kRemainder: {
-      alignas(64) int16_t remainder_buffer[kTile];
-      join_remainders(p, open_remainders(hidden, begin, n, remainder_buffer), n);
+      alignas(64) int16_t hidden_buffer[kTile];
+      join_remainders(p, open_hidden(hidden, begin, n, hidden_buffer), n);
       break;
     }
     case WeightPrecision::kKahan: {
-      const float* lost = open_tile(hidden, begin, n, hidden_buffer);
+      alignas(64) int16_t hidden_buffer[kTile];
+      const int16_t* lost = open_hidden(hidden, begin, n, hidden_buffer);
       with_format(task.param.dtype,
                   [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
       break;
@@ -268,7 +278,6 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, double* p)
 inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) {
   const WeightPrecision precision =
       task.extras == nullptr ? WeightPrecision::kNearest : task.extras->precision;
-  alignas(64) float hidden_buffer[kTile];
   switch (precision) {
     case WeightPrecision::kNearest: break;
     case WeightPrecision::kMaster:
@@ -277,17 +286,14 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
       break;
     case WeightPrecision::kRemainder:
       move_off_upper_ties(p, n);
-      close_remainders(task.extras->hidden, begin, n, p);
+      close_hidden(task.extras->hidden, begin, n, [&](int16_t* to) { split_remainders(p, to, n); });
       break;
-    case WeightPrecision::kKahan: {
-      float* lost = in_place<float>(task.extras->hidden)
-                        ? static_cast<float*>(task.extras->hidden.data) + begin
-                        : hidden_buffer;
-      with_format(task.param.dtype,
-                  [&](auto format) { split_kahans<decltype(format)>(p, lost, n); });
-      close_tile(task.extras->hidden, begin, n, lost);
+    case WeightPrecision::kKahan:
+      with_format(task.param.dtype, [&](auto format) {
+        close_hidden(task.extras->hidden, begin, n,
+                     [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
+      });
       break;
-    }
     case WeightPrecision::kStochastic: {
       alignas(64) uint32_t random[kTile];
       const RandomKey key =
@@ -543,8 +549,13 @@ void split_weights(const Task& task, const float* whole) {
   alignas(64) float buffer[kTile];
   for (int64_t at = 0; at < task.numel; at += kTile) {
     const int64_t n = tile_end(at, task.numel) - at;
-    __builtin_memcpy(buffer, whole + at, n * sizeof(float));
-    close_weights(task, at, n, buffer);
+    // As in a step, master weights are worked on where they lie.
+    const Operand& hidden = task.extras->hidden;
+    const bool in_hidden =
+        task.extras->precision == WeightPrecision::kMaster && in_place<float>(hidden);
+    float* tile = in_hidden ? static_cast<float*>(hidden.data) + at : buffer;
+    __builtin_memcpy(tile, whole + at, n * sizeof(float));
+    close_weights(task, at, n, tile);
   }
 }
 

@@ -4,6 +4,8 @@
 // norm does not depend on the number of threads.
 #pragma once
 
+#include <math.h>
+
 #include "num.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
@@ -22,10 +24,10 @@ FUSEDOPT_HD inline uint64_t magnitude_bits(double g) {
 }
 
 // The factor that torch.nn.utils.clip_grad_norm_ multiplies the gradients by: at most 1, and nan
-// when the norm is.
+// when the norm is. An infinite limit never clips, whatever the norm.
 FUSEDOPT_HD inline double clip_coefficient(double norm, double max_norm) {
   const double coefficient = max_norm / (norm + 1e-6);
-  return coefficient > 1 ? 1 : coefficient;
+  return max_norm == double(INFINITY) || coefficient > 1 ? 1 : coefficient;
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -650,9 +650,9 @@ class Stepper {
     if (objects[kHidden]) {
       PyObject* const name = hidden_name(precision);
       const DType dtype = add(objects[kHidden], name, &extras.hidden);
-      const bool whole = precision == WeightPrecision::kRemainder;
-      check_dtype(whole ? dtype == DType::kInt16 : is_float(dtype), name,
-                  whole ? "an int16 tensor" : "a floating-point tensor");
+      const bool master = precision == WeightPrecision::kMaster;
+      check_dtype(master ? is_float(dtype) : dtype == DType::kInt16, name,
+                  master ? "a floating-point tensor" : "an int16 tensor");
     }
     if (objects[kEma]) {
       check_dtype(is_float(add(objects[kEma], k_ema, &extras.ema)), k_ema,

@@ -2,8 +2,9 @@
 // and how a weight that is stored in 16 bits keeps the precision of a float.
 //
 // A weight's full-precision value lives in two places: rounded to nearest in the parameter, where
-// the model sees it, and in a hidden part. When the parameter is not what the hidden part says,
-// someone has written to it since, and the parameter wins.
+// the model sees it, and in a hidden part. When someone has written to the parameter since, it
+// wins: over a master copy that no longer rounds to it, and over the other two in that what they
+// hide is always less than half the distance to the next number.
 #pragma once
 
 #include "num.h"
@@ -53,11 +54,36 @@ FUSEDOPT_HD inline float off_upper_tie(float whole) {
   return bit_cast<float>(bits - ((bits & 0x1ffffu) == 0x8000u ? 1u : 0u));
 }
 
-// "kahan": the hidden part is what rounding took away, itself rounded to bfloat16 (Kahan 1965).
-// It is at most half the distance between neighbours; halved, it cannot change the rounding.
+// The distance from a weight in format P to its neighbour away from zero. (Next to zero: some
+// small number, so that nothing is subnormal.)
+FUSEDOPT_HD inline float unit(float p, BFloat16) {
+  const uint32_t power = bit_cast<uint32_t>(p) & 0x7f800000u;
+  const uint32_t least = 64u << 23;
+  return bit_cast<float>((power > least ? power : least) - (7u << 23));
+}
+
+FUSEDOPT_HD inline float unit(float p, Float16) {
+  const uint32_t power = bit_cast<uint32_t>(p) & 0x7f800000u;
+  const uint32_t least = 113u << 23;  // 2^-14: below, halves are equidistant
+  return bit_cast<float>((power > least ? power : least) - (10u << 23));
+}
+
+// "kahan": the hidden part is what rounding took away (Kahan 1965), at most half a unit, and kept
+// in 2^-16 of it. (In the parameter's own format, as others keep it, its last bits would be lost
+// with each small update.)
 template <class P>
-FUSEDOPT_HD inline float join_kahan(float p, float lost) {
-  return rounded<P>(p + 0.5f * lost) == p ? p + lost : p;
+FUSEDOPT_HD inline float join_kahan(float p, int16_t lost) {
+  return p + float(lost) * (unit(p, P{}) * 0x1p-16f);
+}
+
+template <class P>
+FUSEDOPT_HD inline int16_t split_kahan(float whole) {
+  const float p = rounded<P>(whole);
+  float lost = (whole - p) * (0x1p16f / unit(p, P{}));
+  lost = lost > -32768.0f ? lost : -32768.0f;  // nan, too
+  lost = lost < 32767.0f ? lost : 32767.0f;
+  // To the nearest integer, as in square_root's company: without a call.
+  return int16_t(int32_t(lost + (lost < 0 ? -0.5f : 0.5f)));
 }
 
 // "stochastic": no hidden part, but rounding up with a probability equal to the fraction, which

@@ -121,7 +121,7 @@ FUSEDOPT_HD inline void join_remainders(float* p, const int16_t* remainder, int6
 }
 
 template <class P>
-FUSEDOPT_HD inline void join_kahans(float* p, const float* lost, int64_t n) {
+FUSEDOPT_HD inline void join_kahans(float* p, const int16_t* lost, int64_t n) {
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i) p[i] = join_kahan<P>(p[i], lost[i]);
 }
@@ -137,9 +137,9 @@ FUSEDOPT_HD inline void split_remainders(const float* p, int16_t* remainder, int
 }
 
 template <class P>
-FUSEDOPT_HD inline void split_kahans(const float* p, float* lost, int64_t n) {
+FUSEDOPT_HD inline void split_kahans(const float* p, int16_t* lost, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) lost[i] = p[i] - rounded<P>(p[i]);
+  for (int64_t i = 0; i < n; ++i) lost[i] = split_kahan<P>(p[i]);
 }
 
 template <class P>

@@ -77,7 +77,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         weight_precision: How bfloat16 and float16 parameters are updated: ``"nearest"`` rounds
             (default); ``"master"`` keeps a float32 copy in the state; ``"remainder"`` (bfloat16
             only) its lower 16 bits, to the same effect; ``"stochastic"`` rounds at random, right
-            in the mean; ``"kahan"`` keeps what rounding took, in bfloat16. A weight that someone
+            in the mean; ``"kahan"`` keeps what rounding took, in 16 bits. A weight that someone
             overwrites between two steps wins over the hidden part.
         state_dtype: What the rule's state is kept in: ``torch.float32``, ``torch.bfloat16``, or
             ``torch.uint8`` for 8 bits with a scale for each 256 elements (``csrc/quantize.h``).
@@ -101,6 +101,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     def __init__(self, *args: Any, **options: Any) -> None:
         Option.set_all(self, {name: options.pop(name) for name in ARGUMENTS if name in options})
         super().__init__(*args, **options)
+        self._recreate_early_state()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -442,6 +443,16 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             codes, scale = encode(param, values, square)
             return {name: codes, f"{name}_scale": scale}
         return {name: self._new_state(param, name, dtype)}
+
+    def _recreate_early_state(self) -> None:
+        """Replace the state that stock Adagrad's constructor makes, in the parameter's dtype."""
+        names = kernels.family_states(self._family)
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.__dict__["state"].get(param, {})
+                if self._rule_dtype(param) is not None and param.device.type == "cpu":
+                    for name in names & state.keys():
+                        state.update(self._new_entries(param, group, {}, name))
 
     def _rule_dtype(self, param: Tensor) -> torch.dtype | None:
         """What a parameter's rule state is kept in; None: as stock, or as it was loaded."""

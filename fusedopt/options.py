@@ -215,7 +215,9 @@ def with_options(signature: inspect.Signature) -> inspect.Signature:
         parameters=[
             *(p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD),
             *(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=OPTIONS[name].default)
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=OPTIONS[name].default
+                )
                 for name in ARGUMENTS
             ),
         ]

@@ -5,7 +5,8 @@ In a parameter's state dict, beside what stock torch has there:
 ==============  ===========================  ========================================================
 ``master``      float32, parameter's shape   the whole weight, of which the parameter is the rounding
 ``remainder``   int16, parameter's shape     the lower half of the whole weight's bits
-``kahan``       bfloat16, parameter's shape  what rounding took from the whole weight
+``kahan``       int16, parameter's shape     what rounding took from the whole weight, in 1/65536
+                                             of the distance between neighbours
 ``ema``         float32 or float64           the average of the whole weights
 ``grad_sum``    float32 or float64           the gradients of the window's first micro-batches
 ``grad_count``  int64, 0-dim                 how many micro-batches; 0: ``grad_sum`` means nothing
@@ -28,7 +29,7 @@ from fusedopt.extension import kernels
 
 HIDDEN = ("master", "remainder", "kahan")
 HALF = (torch.bfloat16, torch.float16)
-_HIDDEN_DTYPES = {"master": torch.float32, "remainder": torch.int16, "kahan": torch.bfloat16}
+_HIDDEN_DTYPES = {"master": torch.float32, "remainder": torch.int16, "kahan": torch.int16}
 _WIDE = {
     torch.float64: torch.float64,
     torch.complex128: torch.complex128,
@@ -168,10 +169,11 @@ def adopt(
         for name in present:
             if name != hidden:
                 del state[name]
-    # Another library may have cast what is no floating-point number. Half of the weights' bits
-    # cannot be had back; numbers can.
-    if isinstance(state.get("remainder"), Tensor) and state["remainder"].dtype != torch.int16:
-        del state["remainder"]
+    # Another library may have cast what is no floating-point number. Bits cannot be had
+    # back; numbers can.
+    for name in ("remainder", "kahan"):
+        if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int16:
+            del state[name]
     for name in ("seed", "grad_count"):
         if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int64:
             state[name] = state[name].to(torch.int64)

@@ -1,10 +1,12 @@
-// Tests of the C++ core without Python: every rule on every instruction set, data type, tail,
-// layout and number of threads, on heap blocks of exactly the right size, so that a sanitizer sees
-// any step outside. Prints what failed, or a count of the checks.
+// Tests of the C++ core without Python: every rule, stage and storage format on every instruction
+// set, data type, tail, layout and number of threads, on heap blocks of exactly the right size, so
+// that a sanitizer sees any step outside. Prints what failed, or a count of the checks.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -13,6 +15,8 @@
 #include "layout.h"
 #include "overlap.h"
 #include "plan.h"
+#include "quantize.h"
+#include "random.h"
 #include "store.h"
 
 using namespace fusedopt;
@@ -43,7 +47,23 @@ std::vector<Isa> isas() {
 }
 
 constexpr int kRules = 9;
-constexpr int kOperands = 2 + kMaxStates;
+constexpr int kStream = 9;  // + the number of states: the rule that only adds the gradient
+
+constexpr DType kFloats[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// What a parameter owns. Models of plain steps end before kHidden.
+enum Slot {
+  kParam,
+  kGrad,
+  kState,
+  kHidden = kState + kMaxStates,
+  kEma,
+  kGradSum,
+  kScale,
+  kSlots = kScale + kMaxStates
+};
 
 // A tensor in its own heap block; with a stride, garbage lies between the elements.
 struct Tensor {
@@ -63,9 +83,17 @@ struct Tensor {
   Tensor(const Tensor& other) : Tensor(other.dtype, other.numel, other.stride) {
     std::memcpy(block.get(), other.block.get(), bytes());
   }
+  Tensor& operator=(const Tensor& other) {
+    std::memcpy(block.get(), other.block.get(), bytes());  // of the same kind and size
+    return *this;
+  }
 
   size_t bytes() const { return numel == 0 ? 0 : ((numel - 1) * stride + 1) * item_size(dtype); }
   char* at(int64_t i) const { return block.get() + i * stride * item_size(dtype); }
+  template <class T>
+  T& as(int64_t i) const {
+    return *reinterpret_cast<T*>(at(i));
+  }
 
   void set(int64_t i, double value) {
     switch (dtype) {
@@ -97,7 +125,7 @@ Model make_model(const std::vector<int64_t>& sizes, DType param, DType state, in
   Model model;
   for (int64_t n : sizes) {
     std::vector<Tensor> tensors;
-    for (int k = 0; k < kOperands; ++k) {
+    for (int k = 0; k < kHidden; ++k) {
       tensors.emplace_back(k < 2 ? param : state, n, k == 1 ? 1 : stride);
       for (int64_t i = 0; i < n; ++i) {
         const double x = normal(random);
@@ -110,41 +138,122 @@ Model make_model(const std::vector<int64_t>& sizes, DType param, DType state, in
   return model;
 }
 
-void update(const Model& model, int rule, double multiplier, int parts, const Kernels* kernels) {
+// What a step does: the rule, and the stages and extras.
+struct Setup {
+  DType param = DType::kFloat32, grad = DType::kFloat32, state = DType::kFloat32;
+  DType ema = DType::kFloat32, grad_sum = DType::kFloat32;
+  WeightPrecision precision = WeightPrecision::kNearest;
+  bool averages = false;
+  bool accumulated = false;
+  bool no_gradients = false;  // only accumulated ones
   Group group;
-  group.rule = rule;
-  const double hyper[kMaxHypers] = {0.01, 0.9, 0.1, 1e-6, 0.5, 0};
-  std::copy(hyper, hyper + kMaxHypers, group.hyper);
-  group.sign = multiplier < 0 ? -1 : 1;
-  std::vector<Task> tasks(model.size());
-  std::vector<const Task*> pointers;
-  std::vector<int64_t> begin = {0};
-  for (size_t i = 0; i < model.size(); ++i) {
-    Task& task = tasks[i];
-    task.param = model[i][0].operand();
-    task.grad = model[i][1].operand();
-    for (int k = 0; k < kMaxStates; ++k) task.state[k] = model[i][2 + k].operand();
-    task.numel = model[i][0].numel;
-    task.step = 3 + double(i % 2);
-    task.first = i % 3 == 2;
-    pointers.push_back(&task);
-    begin.push_back(begin.back() + task.numel + kTaskOverhead);
+  Stages stages;
+  double step = 3;
+  uint64_t seed = 5;
+
+  explicit Setup(int rule = 0, DType all = DType::kFloat32) : param(all), grad(all), state(all) {
+    group.rule = rule;
+    const double hyper[kMaxHypers] = {0.01, 0.9, 0.1, 1e-6, 0.5, 0};
+    std::copy(hyper, hyper + kMaxHypers, group.hyper);
   }
-  Plan plan{&group, pointers.data(), int64_t(tasks.size()), begin.data(), {}};
-  plan.stages.grad_multiplier = std::fabs(multiplier);
-  if (kernels == nullptr) return cpu_update(plan, parts, false);
-  for (int part = 0; part < parts; ++part) {
-    const int64_t from = begin.back() * part / parts, to = begin.back() * (part + 1) / parts;
-    int64_t first = 0;
-    while (begin[first + 1] <= from) ++first;
-    kernels->update(plan, first, from, to);
+  bool has_extras() const {
+    return precision != WeightPrecision::kNearest || averages || accumulated || coded();
   }
+  bool coded() const { return state == DType::kUInt8; }
+  DType hidden() const {
+    return precision == WeightPrecision::kMaster      ? DType::kFloat32
+           : precision == WeightPrecision::kRemainder ? DType::kInt16
+                                                      : DType::kBFloat16;
+  }
+  bool square(int k) const { return group.rule < 2 ? k > 0 : group.rule >= 4 && k == 0; }
+  // Units in the last place of a weight, with room for what FMA changes.
+  double tolerance() const {
+    return param == DType::kFloat64 && state == param ? 1e-14
+           : param == DType::kBFloat16                ? 1e-2
+           : param == DType::kFloat16                 ? 1e-3
+                                                      : 1e-5;
+  }
+};
+
+// The plan of a step on a model.
+class Step {
+ public:
+  Step(const Model& model, const Setup& setup)
+      : group_(setup.group), extras_(model.size()), tasks_(model.size()) {
+    for (size_t i = 0; i < model.size(); ++i) {
+      Task& task = tasks_[i];
+      task.param = model[i][kParam].operand();
+      if (!setup.no_gradients) task.grad = model[i][kGrad].operand();
+      for (int k = 0; k < kMaxStates; ++k) task.state[k] = model[i][kState + k].operand();
+      task.numel = model[i][kParam].numel;
+      task.step = setup.step + double(i % 2);
+      task.first = i % 3 == 2;
+      if (setup.has_extras()) {
+        Extras& extras = extras_[i];
+        extras.precision = setup.precision;
+        extras.hidden = model[i][kHidden].operand();
+        if (setup.averages) extras.ema = model[i][kEma].operand();
+        extras.grad_sum = model[i][kGradSum].operand();
+        extras.accumulated = setup.accumulated;
+        for (int k = 0; k < kMaxStates; ++k) {
+          extras.scale[k] = reinterpret_cast<float*>(model[i][kScale + k].block.get());
+          extras.square[k] = setup.square(k);
+        }
+        extras.seed = setup.seed + i;
+        task.extras = &extras;
+      }
+      pointers_.push_back(&task);
+      begin_.push_back(begin_.back() + task.numel + kTaskOverhead);
+    }
+    plan_ = {&group_, pointers_.data(), int64_t(tasks_.size()), begin_.data(), setup.stages};
+  }
+  Step(const Step&) = delete;
+
+  const Plan& plan() const { return plan_; }
+  const Task& task(size_t i) const { return tasks_[i]; }
+
+  // Calls f(first task, begin, end) for equal parts of the work line.
+  template <class F>
+  void for_parts(int parts, F&& f) const {
+    for (int part = 0; part < parts; ++part) {
+      const int64_t from = begin_.back() * part / parts, to = begin_.back() * (part + 1) / parts;
+      int64_t first = 0;
+      while (begin_[first + 1] <= from) ++first;
+      f(first, from, to);
+    }
+  }
+  void update(const Kernels* kernels, int parts = 1) const {
+    for_parts(parts, [&](int64_t first, int64_t from, int64_t to) {
+      kernels->update(plan_, first, from, to);
+    });
+  }
+
+ private:
+  Group group_;
+  std::vector<Extras> extras_;
+  std::vector<Task> tasks_;
+  std::vector<const Task*> pointers_;
+  std::vector<int64_t> begin_ = {0};
+  Plan plan_;
+};
+
+void update(const Model& model, int rule, double multiplier, int parts, const Kernels* kernels) {
+  Setup setup(rule);
+  setup.group.sign = multiplier < 0 ? -1 : 1;
+  setup.stages.grad_multiplier = std::fabs(multiplier);
+  const Step step(model, setup);
+  if (kernels == nullptr) return cpu_update(step.plan(), parts, false);
+  step.update(kernels, parts);
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  return std::memcmp(a.block.get(), b.block.get(), a.bytes()) == 0;
 }
 
 bool same_bits(const Model& a, const Model& b) {
   for (size_t i = 0; i < a.size(); ++i) {
-    for (int k = 0; k < kOperands; ++k) {
-      if (std::memcmp(a[i][k].block.get(), b[i][k].block.get(), a[i][k].bytes()) != 0) return false;
+    for (size_t k = 0; k < a[i].size(); ++k) {
+      if (!same_bits(a[i][k], b[i][k])) return false;
     }
   }
   return true;
@@ -153,8 +262,8 @@ bool same_bits(const Model& a, const Model& b) {
 // The values agree to `tolerance`, relative to one.
 bool close(const Model& a, const Model& b, double tolerance) {
   for (size_t i = 0; i < a.size(); ++i) {
-    for (int k = 0; k < kOperands; ++k) {
-      for (int64_t j = 0; j < a[i][k].numel; ++j) {
+    for (size_t k = 0; k < a[i].size() && k < kScale; ++k) {
+      for (int64_t j = 0; is_float(a[i][k].dtype) && j < a[i][k].numel; ++j) {
         const double x = a[i][k].get(j), y = b[i][k].get(j);
         if (!(std::fabs(x - y) <= tolerance * (1 + std::fabs(y)))) return false;
       }
@@ -163,11 +272,22 @@ bool close(const Model& a, const Model& b, double tolerance) {
   return true;
 }
 
+void check_gaps(const Model& model, int a = 0, int b = 0) {
+  for (const auto& tensors : model) {
+    for (const Tensor& tensor : tensors) {
+      for (int64_t i = 0; tensor.stride > 1 && i + 1 < tensor.numel; ++i) {
+        for (char* gap = tensor.at(i) + item_size(tensor.dtype); gap < tensor.at(i + 1); ++gap) {
+          check(*gap == 0x5a, "the gaps are untouched", a, b, i);
+        }
+      }
+    }
+  }
+}
+
 void test_kernels() {
   const std::vector<int64_t> sizes = {0, 1, 3, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1100};
-  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
   for (int rule = 0; rule < kRules; ++rule) {
-    for (DType param : dtypes) {
+    for (DType param : kFloats) {
       for (DType state : {param, DType::kFloat32}) {
         for (double multiplier : {1.0, -0.5}) {
           const Model start = make_model(sizes, param, state, 1);
@@ -202,16 +322,7 @@ void test_kernels() {
           Model strided = make_model(sizes, param, state, 3);
           update(strided, rule, multiplier, 2, &base::kKernels);
           check(close(strided, reference, 0), "strided", rule, int(param));
-          for (const auto& tensors : strided) {
-            for (const Tensor& tensor : tensors) {
-              for (int64_t i = 0; tensor.stride > 1 && i + 1 < tensor.numel; ++i) {
-                for (char* gap = tensor.at(i) + item_size(tensor.dtype); gap < tensor.at(i + 1);
-                     ++gap) {
-                  check(*gap == 0x5a, "the gaps are untouched", rule, int(param), i);
-                }
-              }
-            }
-          }
+          check_gaps(strided, rule, int(param));
         }
       }
     }

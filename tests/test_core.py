@@ -139,7 +139,9 @@ print(fusedopt.extension.ISA)
 
 
 def test_every_instruction_set_trains_alike() -> None:
-    available = run_python("from fusedopt.extension import kernels; print(kernels.cpu_isas())").stdout.split()
+    available = run_python(
+        "from fusedopt.extension import kernels; print(kernels.cpu_isas())"
+    ).stdout.split()
     assert "base" in available
     results = {isa: run_python(TRAIN, FUSEDOPT_ISA=isa).stdout.splitlines() for isa in available}
     for isa, lines in results.items():

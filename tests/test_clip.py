@@ -1,0 +1,257 @@
+"""Clipping, and what nan and inf do, against torch's own functions before a stock step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from helpers import (
+    SETTLED,
+    classes,
+    every_class,
+    make_params,
+    nothing_written,
+    params_of,
+    set_grads,
+    table,
+)
+from recipe import Recipe
+from torch import Tensor
+from torch.nn import Parameter
+
+import fusedopt
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "complex64": torch.complex64}
+CLIPS: dict[str, dict[str, Any]] = {
+    "norm": {"max_grad_norm": 0.5},
+    "norm_not_reached": {"max_grad_norm": 1e3},
+    "norm_measured": {"max_grad_norm": math.inf},
+    "inf_norm": {"max_grad_norm": 0.5, "grad_norm_type": math.inf},
+    "value": {"max_grad_value": 0.1},
+    "finite_test": {"nonfinite": "skip"},
+    "finite_test_inf_norm": {"nonfinite": "raise", "grad_norm_type": math.inf},
+}
+
+
+def grads_of(params: list[Tensor]) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in params]
+
+
+@table("dtype", DTYPES)
+@table("options", CLIPS)
+@every_class
+def test_equals_the_recipe(case: Case, options: dict[str, Any], dtype: torch.dtype) -> None:
+    if dtype.is_complex and ("max_grad_value" in options or "grad_norm_type" in options):
+        pytest.skip("refused: test_options.py")
+    shapes = [(4, 3), (40_001,), (), (0,), (2, 3, 2, 2), (513,)]
+    params = make_params(shapes, dtype)
+    ours = case.ours([{"params": params[:2]}, {"params": params[2:]}], **options)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    recipe = Recipe(case, params, dtype=precise, **options)
+    assert math.isnan(ours.grad_norm)
+    for step in range(4):
+        set_grads(params, step, lambda step, i: (step + i) % 4 != 0)
+        before = grads_of(params)
+        ours.step()
+        recipe.step([before])
+        torch.testing.assert_close(params, recipe.params)
+        norm = torch.tensor(recipe.norm, dtype=torch.float64)
+        torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0, equal_nan=True)
+        # Not a bit of a gradient has been written.
+        torch.testing.assert_close(grads_of(params), before, rtol=0, atol=0)
+    assert ours.skipped_steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_of_half_precision_gradients_is_that_of_their_values(dtype: torch.dtype) -> None:
+    params = make_params([(1000,), (33, 7)], dtype)
+    ours = fusedopt.SGD(params, lr=0.1, max_grad_norm=0.25)
+    set_grads(params, 0)
+    exact = torch.cat([p.grad.double().flatten() for p in params])
+    expected = [p.double() - 0.1 * p.grad.double() * 0.25 / (exact.norm() + 1e-6) for p in params]
+    ours.step()
+    torch.testing.assert_close(ours.grad_norm, exact.norm(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        [p.double() for p in params], [e.to(dtype).double() for e in expected]
+    )
+
+
+def test_clipping_lasts_and_follows_its_attribute() -> None:
+    """Steps that trust what they have seen clip, too; and options may change between steps."""
+    case = Case("AdamW", {"lr": 0.01})
+    params = make_params()
+    ours, recipe = case.ours(params), Recipe(case, params, dtype=torch.float32)
+    for step, norm in enumerate([None] * SETTLED + [0.1] * SETTLED + [0.7, None, 0.1]):
+        ours.max_grad_norm = recipe.max_grad_norm = norm
+        set_grads(params, step)
+        recipe.step([grads_of(params)])
+        ours.step()
+        torch.testing.assert_close(params, recipe.params)
+        assert math.isnan(ours.grad_norm) == (norm is None)
+
+
+def test_norm_told_earlier_does_not_change() -> None:
+    params = make_params()
+    ours = fusedopt.SGD(params, lr=0.1, max_grad_norm=math.inf)
+    told = []
+    for step in range(3):
+        set_grads(params, step)
+        ours.step()
+        told.append(ours.grad_norm)
+    assert len({norm.item() for norm in told}) == 3
+
+
+def test_large_and_small_gradients() -> None:
+    """Sums of squares in float32 would be inf, or zero."""
+    for size in (1e30, 1e-30):
+        p = Parameter(torch.zeros(5000))
+        p.grad = torch.full_like(p, size)
+        ours = fusedopt.SGD([p], lr=1.0, max_grad_norm=1.0)
+        ours.step()
+        assert ours.grad_norm.item() == pytest.approx(size * math.sqrt(5000), rel=1e-6)
+        assert p[0].item() == pytest.approx(-min(size, 1 / math.sqrt(5000)), rel=1e-6)
+
+
+def test_norm_does_not_depend_on_threads() -> None:
+    params = make_params([(300_000,), (3,), (70_001,)])
+    set_grads(params, 0)
+    norms, before = set(), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            ours = fusedopt.SGD(params, lr=0.0, max_grad_norm=1.0)
+            ours.step()
+            norms.add(ours.grad_norm.item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(norms) == 1
+
+
+# --- nan and inf -------------------------------------------------------------------------------
+
+BAD = {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf}
+WITH = {
+    "alone": {},
+    "norm": {"max_grad_norm": 50.0},
+    "inf_norm": {"max_grad_norm": 2.0, "grad_norm_type": math.inf},
+    "value": {"max_grad_value": 1.0},
+    "measured": {"max_grad_norm": math.inf},
+    "ema_l1": {"ema_decay": 0.9, "l1": 0.1},
+}
+
+
+def spoil(params: list[Tensor], value: float, at: int = -1) -> None:
+    params[1].grad.view(-1)[at] = value
+
+
+@table("bad", BAD)
+@table("options", WITH)
+@every_class
+def test_skip_leaves_everything_as_it_is(case: Case, options: dict[str, Any], bad: float) -> None:
+    params = make_params([(4, 3), (20_000,), ()])
+    ours = case.ours(params, nonfinite="skip", **options)
+    recipe = Recipe(case, params, dtype=torch.float32, nonfinite="skip", **options)
+    skipped = 0
+    for step in range(SETTLED + 4):
+        set_grads(params, step)
+        if step in (0, 1, SETTLED):  # the first steps of all, and when nothing is new any more
+            spoil(params, bad, at=step * 3000)
+            with nothing_written(ours):
+                ours.step()
+            skipped += 1
+            assert not math.isfinite(ours.grad_norm)
+        else:
+            ours.step()
+            recipe.step([grads_of(params)])
+        assert ours.skipped_steps == skipped
+        torch.testing.assert_close(params, recipe.params)
+        if "ema_decay" in options and step > 1:
+            torch.testing.assert_close([ours.state[p]["ema"] for p in params], recipe.ema)
+
+
+@table("options", WITH)
+@every_class
+def test_raise_names_the_parameter(case: Case, options: dict[str, Any]) -> None:
+    names = ["first", "second", "third"]
+    params = list(zip(names, make_params([(3,), (5,), (2,)]), strict=True))
+    ours = case.ours(params, nonfinite="raise", **options)
+    for step in range(3):
+        set_grads(params_of(ours), step)
+        if step != 1:
+            spoil(params_of(ours), math.nan, at=0)
+            with (
+                nothing_written(ours),
+                pytest.raises(RuntimeError, match=r"1 of group 0 \(second\)"),
+            ):
+                ours.step()
+        else:
+            ours.step()
+    assert ours.skipped_steps == 2
+
+
+@table("bad", BAD)
+@table("options", {k: v for k, v in WITH.items() if k != "ema_l1"})
+@classes("SGD", "AdamW", "RMSprop", "Adagrad")
+def test_propagate_goes_where_torch_sends_it(
+    case: Case, options: dict[str, Any], bad: float
+) -> None:
+    params = make_params([(4, 3), (17,), ()])
+    ours, recipe = (
+        case.ours(params, **options),
+        Recipe(case, params, dtype=torch.float32, **options),
+    )
+    for step in range(3):
+        set_grads(params, step)
+        spoil(params, bad)
+        recipe.step([grads_of(params)])
+        ours.step()
+        torch.testing.assert_close(params, recipe.params, equal_nan=True)
+    assert ours.skipped_steps == 0
+
+
+def test_finite_doubles_whose_squares_overflow_are_no_reason_to_skip() -> None:
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.tensor([1e200, -1e200, 0.0], dtype=torch.float64)
+    ours = fusedopt.SGD([p], lr=1e-200, nonfinite="skip")
+    ours.step()
+    assert ours.skipped_steps == 0
+    torch.testing.assert_close(p.detach(), torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64))
+
+
+def test_one_bad_element_anywhere_is_found() -> None:
+    """First, last, in a tail, in the second chunk of the norm, behind a layout."""
+    p, q = Parameter(torch.zeros(40_003)), Parameter(torch.zeros(33, 7).t())
+    ours = fusedopt.SGD([p, q], lr=1.0, nonfinite="skip")
+    places = [0, 15, 16, 511, 512, 16_383, 16_384, 32_768, 40_000, 40_002]
+    for place in places:
+        p.grad, q.grad = torch.ones_like(p), torch.ones(7, 33)
+        p.grad[place] = math.nan
+        ours.step()
+    for place in (0, 100, 230):
+        p.grad, q.grad = torch.ones_like(p), torch.ones(7, 33)
+        q.grad.view(-1)[place] = -math.inf
+        ours.step()
+    assert ours.skipped_steps == len(places) + 3
+    assert not p.any()
+    assert not q.any()
+
+
+def test_skipped_step_draws_nothing_and_warms_nothing_up() -> None:
+    """After a skipped first step a run is the one without it."""
+    runs = []
+    for skips in (0, 2):
+        torch.manual_seed(3)
+        params = make_params(dtype=torch.bfloat16)
+        ours = fusedopt.Momentum(
+            params, nonfinite="skip", weight_precision="master", ema_decay=0.9, ema_warmup=True
+        )
+        for step in range(-skips, 3):
+            set_grads(params, step)
+            if step < 0:
+                params[0].grad.view(-1)[0] = math.inf
+            ours.step()
+        runs.append((params, [dict(ours.state[p]) for p in params]))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
