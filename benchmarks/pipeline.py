@@ -18,7 +18,6 @@ import torch
 from bench import environment
 from cases import CASES, OPTIMIZERS, Case, gradients
 from measure import ratio, rounds
-from torch import Tensor
 
 import fusedopt
 

@@ -111,7 +111,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         signature = signature.replace(parameters=parameters)
         if own is None or any(p.name == "options" and p.kind == p.VAR_KEYWORD for p in parameters):
             signature = with_options(signature)
-        cls.__signature__ = signature
+        cls.__signature__ = signature  # type: ignore[attr-defined] # for inspect and help()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as stock; ValueError when an option of the step does not fit it."""
@@ -458,8 +458,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """What a parameter's rule state is kept in; None: as stock, or as it was loaded."""
         if param.is_complex():
             return wide_dtype(param) if self.state_dtype == torch.float32 else None
-        if self.state_dtype is not None:
-            return self.state_dtype
+        dtype: torch.dtype | None = self.state_dtype
+        if dtype is not None:
+            return dtype
         if self.weight_precision != "nearest" and param.dtype in HALF:
             return torch.float32
         return None

@@ -2,17 +2,17 @@
 
 In a parameter's state dict, beside what stock torch has there:
 
-==============  ===========================  ========================================================
-``master``      float32, parameter's shape   the whole weight, of which the parameter is the rounding
-``remainder``   int16, parameter's shape     the lower half of the whole weight's bits
-``kahan``       int16, parameter's shape     what rounding took from the whole weight, in 1/65536
-                                             of the distance between neighbours
-``ema``         float32 or float64           the average of the whole weights
-``grad_sum``    float32 or float64           the gradients of the window's first micro-batches
-``grad_count``  int64, 0-dim                 how many micro-batches; 0: ``grad_sum`` means nothing
-``seed``        int64, 0-dim                 of the random bits for stochastic rounding
-``X_scale``     float32, 1-dim               the scales of a state X that is kept in 8 bits
-==============  ===========================  ========================================================
+==============  ==========================  =====================================================
+``master``      float32, parameter's shape  the whole weight; the parameter is its rounding
+``remainder``   int16, parameter's shape    the lower half of the whole weight's bits
+``kahan``       int16, parameter's shape    what rounding took from the whole weight, in 1/65536
+                                            of the distance between neighbours
+``ema``         float32 or float64          the average of the whole weights
+``grad_sum``    float32 or float64          the gradients of the window's first micro-batches
+``grad_count``  int64, 0-dim                how many micro-batches; 0: ``grad_sum`` means nothing
+``seed``        int64, 0-dim                of the random bits for stochastic rounding
+``X_scale``     float32, 1-dim              the scales of a state X that is kept in 8 bits
+==============  ==========================  =====================================================
 
 All are made by the step that first needs them. The arithmetic is the extension's (``csrc/store.h``
 and ``csrc/quantize.h``).
