@@ -1,0 +1,272 @@
+"""The options as a user meets them: wrong values, wrong combinations, right ones."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from helpers import CLASSES, every_class, make_params, nothing_written, params_of, set_grads, table
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from recipe import Recipe, whole
+from torch.nn import Parameter
+
+import fusedopt
+from fusedopt.options import ARGUMENTS, OPTIONS
+
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "max_grad_norm": {"ValueError": [0, -1.0, math.nan], "TypeError": ["1", True, [1.0]]},
+    "grad_norm_type": {"ValueError": [1.0, 3, math.nan, -math.inf], "TypeError": [None, "2"]},
+    "max_grad_value": {"ValueError": [0.0, -0.5, math.nan], "TypeError": ["x", False]},
+    "nonfinite": {"ValueError": ["ignore", None, True]},
+    "weight_precision": {"ValueError": ["fp32", None, 1]},
+    "state_dtype": {"ValueError": [torch.float16, torch.int8, "8bit", torch.float64]},
+    "ema_decay": {"ValueError": [1.0, -0.1, math.nan, 2], "TypeError": ["0.9", True]},
+    "ema_warmup": {"TypeError": [1, None, "yes"]},
+    "l1": {"ValueError": [-1e-3, math.nan, math.inf], "TypeError": [None, "0", True]},
+    "grad_divisor": {"ValueError": [0, -1, math.inf, math.nan], "TypeError": ["4", True]},
+}
+ROWS = [
+    (name, value, error)
+    for name, errors in WRONG.items()
+    for error, values in errors.items()
+    for value in values
+]
+
+
+def test_every_option_has_wrong_values() -> None:
+    assert WRONG.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize(("name", "value", "error"), ROWS, ids=str)
+def test_wrong_value_is_an_error_that_names_it(name: str, value: Any, error: str) -> None:
+    kind = {"ValueError": ValueError, "TypeError": TypeError}[error]
+    if name in ARGUMENTS:
+        with pytest.raises(kind, match=name):
+            fusedopt.AdamW(make_params(), **{name: value})
+    ours = fusedopt.AdamW(make_params())
+    before = getattr(ours, name)
+    with pytest.raises(kind, match=name):
+        setattr(ours, name, value)
+    assert getattr(ours, name) == before
+
+
+HALF = [Parameter(torch.ones(3, dtype=torch.float16))]
+COMPLEX = [Parameter(torch.ones(3, dtype=torch.complex64))]
+REAL = [Parameter(torch.ones(3))]
+PAIRS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
+    "two_clips": ("SGD", REAL, {"max_grad_norm": 1.0, "max_grad_value": 1.0},
+                  ["max_grad_norm", "max_grad_value"]),
+    "warmup_of_nothing": ("SGD", REAL, {"ema_warmup": True}, ["ema_warmup", "ema_decay"]),
+    "remainder_of_float16": ("SGD", HALF, {"weight_precision": "remainder"},
+                             ["weight_precision", "float16"]),
+    "centered_bfloat16": ("RMSprop", REAL, {"centered": True, "state_dtype": torch.bfloat16},
+                          ["centered", "state_dtype"]),
+    "centered_8_bits": ("RMSprop", REAL, {"centered": True, "state_dtype": torch.uint8},
+                        ["centered", "state_dtype"]),
+    "complex_value": ("SGD", COMPLEX, {"max_grad_value": 1.0}, ["max_grad_value", "complex"]),
+    "complex_l1": ("SGD", COMPLEX, {"l1": 1.0}, ["l1", "complex"]),
+    "complex_inf_norm": ("SGD", COMPLEX, {"max_grad_norm": 1.0, "grad_norm_type": math.inf},
+                         ["grad_norm_type", "complex"]),
+    "complex_8_bits": ("Adam", COMPLEX, {"state_dtype": torch.uint8}, ["state_dtype", "complex"]),
+    "complex_bfloat16": ("Adam", COMPLEX, {"state_dtype": torch.bfloat16},
+                         ["state_dtype", "complex"]),
+    "differentiable": ("Adam", REAL, {"differentiable": True, "ema_decay": 0.9},
+                       ["differentiable", "ema_decay"]),
+}  # fmt: skip
+
+
+@table("pair", PAIRS)
+def test_wrong_combination_names_both(pair: tuple[str, Any, dict[str, Any], list[str]]) -> None:
+    name, params, options, words = pair
+    cls = getattr(fusedopt, name)
+    with pytest.raises(ValueError, match=words[0]) as error:
+        cls(params, **options)
+    assert all(word in str(error.value) for word in words)
+
+    # The same when the option is set later, or the group comes later; and nothing has changed.
+    ours_only = {k: v for k, v in options.items() if k in OPTIONS}
+    stock_only = {k: v for k, v in options.items() if k not in OPTIONS}
+    if len(ours_only) == 1:
+        ours = cls(params, **stock_only)
+        (option, value), *_ = ours_only.items()
+        before = getattr(ours, option)
+        with pytest.raises(ValueError, match=words[0]):
+            setattr(ours, option, value)
+        assert getattr(ours, option) == before
+    if params is not REAL:
+        ours = cls([Parameter(torch.ones(2))], **options)
+        with pytest.raises(ValueError, match=words[0]):
+            ours.add_param_group({"params": params})
+        assert len(ours.param_groups) == 1
+
+
+@table(
+    "param",
+    {
+        "sparse": lambda: torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True),
+        "wrapper": None,
+    },
+)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_torch_would_have_to_take_is_refused(name: str, param: Any) -> None:
+    """The stock implementation knows nothing of our options: an error, not a silent loss."""
+    if name in ("grad_norm_type", "ema_warmup"):
+        pytest.skip("mean nothing alone")
+    value = {
+        "nonfinite": "skip", "weight_precision": "master", "state_dtype": torch.bfloat16,
+    }.get(name, 0.5)  # fmt: skip
+    ours = fusedopt.Adagrad([torch.nn.Parameter(torch.ones(3))], **{name: value})
+    p = params_of(ours)[0]
+    if param is None:
+        ours.param_groups[0]["differentiable"] = True
+        p.grad = torch.ones(3)
+    else:
+        p.grad = param()
+    with nothing_written(ours), pytest.raises(RuntimeError, match=rf"parameter 0.*{name}"):
+        ours.step()
+
+
+def test_signature_and_documentation_tell_the_options() -> None:
+    for case in CLASSES:
+        cls = getattr(fusedopt, case.name)
+        parameters = inspect.signature(cls).parameters
+        for name in ARGUMENTS:
+            assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
+            assert parameters[name].default == OPTIONS[name].default
+        assert next(iter(parameters)) == "params"
+    for name in ARGUMENTS:
+        assert f"{name}:" in fusedopt.optimizer.FusedOptimizer.__doc__
+    with pytest.raises(TypeError):
+        fusedopt.AdamW(make_params(), max_norm=1.0)
+
+
+def test_subclass_with_a_constructor_keeps_its_own_signature() -> None:
+    class Mine(fusedopt.AdamW):
+        def __init__(self, params: Any, warm: int = 3) -> None:
+            super().__init__(params, max_grad_norm=1.0)
+
+    assert list(inspect.signature(Mine).parameters) == ["params", "warm"]
+    assert Mine(make_params()).max_grad_norm == 1.0
+
+
+@every_class
+def test_options_survive_copies_but_are_not_in_the_state_dict(case: Case) -> None:
+    options = {
+        "max_grad_norm": 0.5, "nonfinite": "skip", "ema_decay": 0.9, "ema_warmup": True, "l1": 0.1,
+        "weight_precision": "kahan", "state_dtype": torch.float32,
+    }  # fmt: skip
+    ours = case.ours(make_params(), **options)
+    ours.grad_divisor = 3.0
+    set_grads(params_of(ours), 0)
+    params_of(ours)[0].grad.fill_(math.inf)
+    ours.step()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for name, value in {**options, "grad_divisor": 3.0}.items():
+            assert getattr(other, name) == value
+        assert other.skipped_steps == 1
+        assert other.grad_norm == math.inf
+        set_grads(params_of(other), 1)
+        other.step()
+        assert 0 < other.grad_norm < math.inf
+    assert not OPTIONS.keys() & ours.state_dict().keys()
+    assert not OPTIONS.keys() & ours.state_dict()["param_groups"][0].keys()
+
+
+def test_options_that_are_off_leave_no_trace() -> None:
+    ours = fusedopt.AdamW(make_params())
+    set_grads(params_of(ours), 0)
+    ours.step()
+    assert set(ours.state[params_of(ours)[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+# --- All together ---------------------------------------------------------------------------------
+
+OPTION_SETS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_grad_norm": st.sampled_from([0.3, 5.0, math.inf]),
+        "grad_norm_type": st.sampled_from([2.0, math.inf]),
+        "max_grad_value": st.sampled_from([0.2, 2.0]),
+        "nonfinite": st.sampled_from(["propagate", "skip"]),
+        "ema_decay": st.sampled_from([0.5, 0.99]),
+        "ema_warmup": st.booleans(),
+        "l1": st.sampled_from([0.0, 0.05]),
+    },
+)
+PRECISE = {  # what is compared with float64 arithmetic, and how closely
+    torch.float32: [(None, "nearest", 2e-4)],
+    torch.float64: [(None, "nearest", 1e-10)],
+    torch.bfloat16: [(None, "master", 2e-4), (None, "remainder", 2e-4), (None, "kahan", 3e-4),
+                     (None, "stochastic", 0.2), (torch.bfloat16, "remainder", 0.2),
+                     (torch.uint8, "remainder", 0.7), (None, "nearest", 0.2)],
+    torch.float16: [(None, "master", 2e-4), (None, "kahan", 3e-4), (torch.uint8, "kahan", 0.7)],
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_combination_equals_its_recipe(data: st.DataObject) -> None:
+    """Clip, accumulate, scale, skip, round, average, shrink: whatever is asked for together."""
+    torch.manual_seed(0)
+    case = data.draw(st.sampled_from(CLASSES))
+    options = data.draw(OPTION_SETS)
+    assume(not {"max_grad_norm", "max_grad_value"} <= options.keys())
+    assume("ema_decay" in options or not options.get("ema_warmup"))
+    dtype = data.draw(st.sampled_from(list(PRECISE)))
+    state_dtype, precision, tolerance = data.draw(st.sampled_from(PRECISE[dtype]))
+    coarse = {"state_dtype": state_dtype, "weight_precision": precision}
+    if case.name == "RMSprop":
+        # Its first steps divide by the root of a difference: too sensitive to compare.
+        case = Case("RMSprop", {"lr": 0.01, "momentum": 0.9, "eps": 0.1})
+    if case.name in ("Adam", "AdamW"):
+        case = Case(case.name, {**case.options, "eps": 0.1})
+    scale = data.draw(st.sampled_from([None, 4.0, 1024.0]))
+
+    params = make_params([(7, 5), (600,), ()], dtype)
+    ours, recipe = case.ours(params, **options, **coarse), Recipe(case, params, **options)
+    draws = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    for step in range(data.draw(st.integers(1, 5))):
+        batches = []
+        n = data.draw(st.integers(1, 3))
+        folded = data.draw(st.booleans())
+        spoilt = options.get("nonfinite") == "skip" and data.draw(st.booleans())
+        for k in range(n):
+            # Powers of two, exact in every dtype, also scaled.
+            grads = [
+                torch.randint(-6, 3, p.shape, generator=draws).double().exp2() *
+                (torch.randint(0, 2, p.shape, generator=draws) * 2 - 1) for p in params
+            ]  # fmt: skip
+            if spoilt and k == 0:
+                grads[step % 3].view(-1)[-1] = math.nan
+            missing = int(torch.randint(0, 6, (), generator=draws))
+            batches.append([None if i == missing else g for i, g in enumerate(grads)])
+            for p, g in zip(params, batches[-1], strict=True):
+                p.grad = None if g is None else (g * (scale or 1)).to(dtype)
+            if k < n - 1 or not folded:
+                ours.accumulate()
+        if scale is not None:
+            ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        # With all of them frozen out, the last micro-batch still counts when it was accumulated.
+        folds = folded and any(p.grad is not None for p in params)
+        ours.step()
+        if scale is not None:
+            del ours.grad_scale, ours.found_inf
+        recipe.step(batches, n if folds or not folded else n - 1)
+        if not math.isnan(recipe.norm):
+            assert ours.grad_norm.item() == pytest.approx(recipe.norm, rel=1e-5)
+
+    assert ours.skipped_steps == recipe.skipped
+    for i, (p, q) in enumerate(zip(params, recipe.params, strict=True)):
+        mine, exact = whole(ours, p).double(), q.detach()
+        torch.testing.assert_close(mine, exact, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(p.detach(), whole(ours, p).to(dtype), rtol=0, atol=0)
+        if "ema_decay" in options and "ema" in ours.state[p]:
+            average = ours.state[p]["ema"].double()
+            torch.testing.assert_close(average, recipe.ema[i], rtol=tolerance, atol=tolerance)
