@@ -2,7 +2,7 @@
 #
 #   make demo       train a network with stock AdamW and with ours, and compare (writes demo.png)
 #   make test       all tests
-#   make bench      measure against torch and DeepSpeed (writes build/bench.json and a table)
+#   make bench      measure against torch and DeepSpeed (writes build/*.json and tables)
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make wheel      build/dist/*.whl and the source archive
@@ -25,6 +25,7 @@ test: build
 bench: build
 	mkdir -p build
 	$(BIN)/python benchmarks/bench.py --json build/bench.json
+	$(BIN)/python benchmarks/pipeline.py --json build/pipeline.json
 
 lint: build
 	$(BIN)/ruff check .

@@ -105,9 +105,9 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert measure.ratio(b, a) == measure.Spread(0.5, 0.5, 0.5)
 
 
-def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_bench(*arguments: str, script: str = "bench.py") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench.py"), *arguments],
+        [sys.executable, str(BENCHMARKS / script), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -152,6 +152,24 @@ def test_unknown_names_are_refused(option: str, known: str) -> None:
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert known in done.stderr.partition("choose from")[2]
+
+
+def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
+    output = tmp_path / "pipeline.json"
+    arguments = ("--quick", "--case", "1000x64", "--json", str(output))
+    done = run_bench(*arguments, script="pipeline.py")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    assert [r["suite"] for r in results] == [
+        *("clip", "ema", "accumulate", "state", "bfloat16 weights")
+    ]
+    for suite in results:
+        first, *others = suite["contenders"].values()
+        assert others
+        assert first["time_relative_to_first"]["median"] == 1
+        for row in (first, *others):
+            assert row["ms"]["median"] > 0
+            assert row["bytes_per_parameter"] > 0
 
 
 def test_cases_are_the_models_they_are_named_after() -> None:
