@@ -113,7 +113,7 @@ class BuildExt(build_ext):
         kernels = {"cpu_base.cpp": [], **(X86_KERNELS if x86 else {})}
         python = ["-isystem", include, "-isystem", pybind11.get_include()]
         flags = {
-            **{source: python for source in ("bind.cpp", "pytensor.cpp")},
+            **{f"{name}.cpp": python for name in ("bind", "describe", "pytensor", "stepper")},
             **{source: [] for source in ("cpu.cpp", "layout.cpp", "overlap.cpp")},
             **{source: KERNEL + isa for source, isa in kernels.items()},
         }

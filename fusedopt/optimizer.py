@@ -171,11 +171,17 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            self._skip()
-            self._grad_norm = math.nan
-        else:
-            self._fused_step()
+        try:
+            if found_inf is not None and float(found_inf):
+                self._skip()
+                self._grad_norm = math.nan
+            else:
+                self._fused_step()
+        except BaseException:
+            if found_inf is not None:  # a scaler deletes these only after a step that returns
+                self.__dict__.pop("found_inf", None)
+                self.__dict__.pop("grad_scale", None)
+            raise
         return loss
 
     def _fused_step(self, stream: bool = False) -> None:
@@ -200,7 +206,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             self._grad_norm = math.nan
             if self.max_grad_norm is not None or policy != "propagate":
                 norm, place = stepper.measure(threads, multiplier)
-                self._grad_norm = norm
+                if self._measures():
+                    self._grad_norm = norm
                 if place is not None and policy != "propagate":
                     self._roll_back(created)
                     self._skip()
@@ -213,7 +220,10 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             # processor's cache.
             increment_version(stepper.updated())
             stepper.run(threads, multiplier, stream)
-            self._micro_batches = 0
+            if window:
+                self._micro_batches = 0
+                if len(self.__dict__["state"]) > sum(len(g["params"]) for g in self.param_groups):
+                    self._close_windows()  # of parameters that have left their group meanwhile
         except BaseException:
             self._roll_back(created)
             raise
@@ -278,10 +288,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         created: _Created = []
         try:
             report = stepper.gather(self.__dict__, False, True, True)
-            if report is not None:
-                self._refuse(report[1], "accumulate()")
-                self._create_state(report[0], created)
-                stepper.gather(self.__dict__, True, True, True)
+            while report is not None:
+                missing, fallback = report
+                self._refuse(fallback, "accumulate()")
+                self._create_state(missing, created)
+                report = stepper.gather(self.__dict__, True, True, True)
             count = self._micro_batches + 1
             if not stepper.accumulate(torch.get_num_threads(), count):
                 for state in self._window_states():
@@ -300,9 +311,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     def _drop_window(self) -> None:
         if self._micro_batches:
-            for state in self._window_states():
-                state["grad_count"].zero_()
+            self._close_windows()
             self._micro_batches = 0
+
+    def _close_windows(self) -> None:
+        for state in self._window_states():
+            state["grad_count"].zero_()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, as stock; also those that :meth:`accumulate` has added up."""
@@ -393,10 +407,13 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     def _refuse(self, fallback: _Fallback, what: str) -> None:
         for group, index, reason in fallback:
+            name = self.param_groups[group].get("param_names", {index: None})[index]
             raise RuntimeError(
-                f"parameter {index} of group {group}: {reason}; {what} does not work with that"
+                f"parameter {index} of group {group}{f' ({name})' if name else ''}: {reason}; "
+                f"{what} does not work with that"
             )
 
+    @torch.inference_mode(False)  # where the step is taken does not matter to the next one
     def _create_state(self, missing: _Missing, created: _Created) -> None:
         """Create what is missing; adds to ``created`` what there was before."""
         new = []

@@ -22,9 +22,12 @@ NONFINITE = ("propagate", "skip", "raise")
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} is not a number: {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of tensors of several elements, too
+        raise TypeError(f"{name} is not a number: {value!r}") from None
 
 
 def _positive(name: str, value: Any) -> float | None:
@@ -188,8 +191,7 @@ class StepOptions:
     def _kernel_options(self) -> kernels.StepOptions:
         """The options as the extension takes them."""
         options = kernels.StepOptions()
-        if self._measures():
-            options.norm_type = NORM_TYPES[self.grad_norm_type]
+        options.norm_type = NORM_TYPES[self.grad_norm_type]
         if self.max_grad_norm is not None:
             options.max_grad_norm = self.max_grad_norm
         if self.max_grad_value is not None:

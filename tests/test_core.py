@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 KNOWS_PYTHON = {
-    *("bind.cpp", "convert.h", "entry.h", "groups.h"),
-    *("pytensor.cpp", "pytensor.h", "stepper.h"),
+    *("bind.cpp", "convert.h", "describe.cpp", "entry.h", "groups.h"),
+    *("pytensor.cpp", "pytensor.h", "stepper.cpp", "stepper.h"),
 }
 
 
