@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("max_grad_norm", &StepOptions::max_grad_norm)
       .def_readwrite("max_grad_value", &StepOptions::max_grad_value)
       .def_readwrite("weight_precision", &StepOptions::weight_precision)
-      .def_readwrite("coded_state", &StepOptions::coded_state)
+      .def_readwrite("random_state", &StepOptions::random_state)
       .def_readwrite("ema_decay", &StepOptions::ema_decay)
       .def_readwrite("ema_warmup", &StepOptions::ema_warmup)
       .def_readwrite("l1", &StepOptions::l1);

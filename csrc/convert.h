@@ -32,6 +32,8 @@ inline Task weight_task(const py::object& param, const py::object& hidden,
                         WeightPrecision precision, int64_t numel, Extras* extras) {
   extras->precision = precision;
   extras->hidden = dense(hidden, "hidden", numel);
+  const DType wanted = precision == WeightPrecision::kMaster ? DType::kFloat32 : DType::kInt16;
+  if (extras->hidden.dtype != wanted) throw py::value_error("hidden has the wrong dtype");
   Task task;
   task.param = dense(param, "param", numel);
   task.numel = numel;

@@ -179,9 +179,14 @@ inline T* open_state(const Task& task, int k, int64_t begin, int64_t n, T* buffe
 constexpr int kStateShift[kMaxStates] = {12, 0, 6};
 
 template <class T>
-inline void close_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
+inline void close_state(const Task& task, int k, int64_t begin, int64_t n, T* tile,
                         const uint32_t* random) {
-  if (task.state[k].dtype != DType::kUInt8) return close_tile(task.state[k], begin, n, tile);
+  if (task.state[k].dtype != DType::kUInt8) {
+    if (task.state[k].dtype == DType::kBFloat16 && random != nullptr) {
+      round_state_randomly(tile, random, kStateShift[k], n);
+    }
+    return close_tile(task.state[k], begin, n, tile);
+  }
   uint8_t* codes = static_cast<uint8_t*>(task.state[k].data);
   for (int64_t at = begin; at < begin + n; at += kBlock) {
     const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
@@ -327,8 +332,8 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
                       stages.factor, s, end - begin);
   }
   const Extras* extras = task.extras;
-  bool coded = false;
-  for (int k = 0; k < Rule::kStates; ++k) coded |= task.state[k].dtype == DType::kUInt8;
+  bool draws = extras != nullptr && extras->random_state;
+  for (int k = 0; k < Rule::kStates; ++k) draws |= task.state[k].dtype == DType::kUInt8;
   alignas(64) T buffer[2 + kMaxStates][kTile];
   alignas(64) uint32_t random[kTile];
   for (int64_t at = begin, next; at < end; at = next) {
@@ -349,11 +354,12 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
       close_tile(extras->ema, at, n, ema);
     }
     close_weights(task, at, n, p);
-    if (coded) {
+    if (draws) {
       draw(random_key(extras->seed, uint64_t(task.step), kStateStream, uint32_t(at >> 32)),
            uint32_t(at), random, n);
     }
-    for (int k = 0; k < Rule::kStates; ++k) close_state(task, k, at, n, s[k], random);
+    for (int k = 0; k < Rule::kStates; ++k)
+      close_state(task, k, at, n, s[k], draws ? random : nullptr);
   }
 }
 
@@ -468,14 +474,16 @@ inline auto largest(const T* g, int64_t n) {
 
 // The norm of elements [begin, end) of one parameter, at most a chunk; the 2-norm squared.
 template <class T>
-inline ChunkNorm measure_elements(const Task& task, NormType type, int64_t begin, int64_t end) {
+inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier, int64_t begin,
+                                  int64_t end) {
   alignas(64) T buffer[kTile];
   const bool accumulated = task.extras != nullptr && task.extras->accumulated;
   const bool direct = in_place<T>(task.grad) && !accumulated;
   // In float, one sum answers both questions: a square that is nan or inf had such a gradient.
   // Squares of doubles overflow; so there the test is the largest magnitude.
   const bool sums = type == NormType::kTwo;
-  const bool maximum = !sums || sizeof(T) == 8;
+  // Nor does it tell whether a gradient is still finite when it has been multiplied.
+  const bool maximum = !sums || sizeof(T) == 8 || multiplier > 1;
   double lanes[kLanes] = {};
   auto bits = magnitude_bits(T(0));
   for (int64_t at = begin, next; at < end; at = next) {
@@ -489,8 +497,9 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, int64_t begin
   }
   double sum = 0;
   for (double lane : lanes) sum += lane;
-  const bool finite = maximum ? bits < magnitude_bits(T(INFINITY)) : sum < INFINITY;
-  return {sums ? sum : double(bit_cast<T>(bits)), finite};
+  const T magnitude = bit_cast<T>(bits);
+  const bool finite = maximum ? magnitude * multiplier < T(INFINITY) : sum < INFINITY;
+  return {sums ? sum : double(magnitude), finite && (!maximum || magnitude < T(INFINITY))};
 }
 
 void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,
@@ -504,8 +513,10 @@ void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, 
       const int64_t position = plan.begin[i] + from;
       if (position < begin || position >= end) continue;
       const int64_t to = task.numel < from + kNormChunk ? task.numel : from + kNormChunk;
-      out[first_chunk[i] + chunk] = in_double(task) ? measure_elements<double>(task, type, from, to)
-                                                    : measure_elements<float>(task, type, from, to);
+      const double multiplier = plan.stages.grad_multiplier;
+      out[first_chunk[i] + chunk] =
+          in_double(task) ? measure_elements<double>(task, type, multiplier, from, to)
+                          : measure_elements<float>(task, type, float(multiplier), from, to);
     }
   }
 }
@@ -569,7 +580,10 @@ void encode_state(const Task& task, const float* values) {
   alignas(64) uint32_t nearest[kTile];
   for (uint32_t& bits : nearest) bits = kCodeNearest << kStateShift[0];
   for (int64_t at = 0; at < task.numel; at += kTile) {
-    close_state(task, 0, at, tile_end(at, task.numel) - at, values + at, nearest);
+    const int64_t n = tile_end(at, task.numel) - at;
+    alignas(64) float tile[kTile];
+    __builtin_memcpy(tile, values + at, n * sizeof(float));
+    close_state(task, 0, at, n, tile, nearest);
   }
 }
 

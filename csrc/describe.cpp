@@ -107,7 +107,10 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
   if (!created_) entry.lacks_first = false;
   entry.task.first = entry.lacks_first;
   const WeightPrecision precision = precision_of(p);
-  const bool random = options.coded_state || precision == WeightPrecision::kStochastic;
+  if (precision == WeightPrecision::kRemainder && p.dtype == DType::kFloat16) {
+    fail(place, "weight_precision='remainder' does not work with float16");
+  }
+  const bool random = options.random_state || precision == WeightPrecision::kStochastic;
   const bool counts = family_->counts_steps || random || options.ema_warmup;
   const bool averages = options.ema_decay >= 0;
   if (n_states_ == 0 && !counts && !averages && precision == WeightPrecision::kNearest &&
@@ -247,6 +250,7 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
                 name, "an int64 tensor of one element on the CPU");
     return reinterpret_cast<int64_t*>(view.data);
   };
+  extras.random_state = options_of_step_.random_state && objects[kSeed];
   entry.extra->grad_count = integer(kGradCount, names().grad_count);
   if (const int64_t* seed = integer(kSeed, names().seed)) extras.seed = uint64_t(*seed);
   for (int k = 0; k < n_states_; ++k) {

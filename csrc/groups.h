@@ -1,6 +1,7 @@
 // The options of a parameter group, read from its dict.
 #pragma once
 
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -132,8 +133,9 @@ class GroupOptions {
     group_.l1 = -1;
     if (PyDict_GetItemString(dict, "l1") != nullptr) {
       group_.l1 = number(dict, Option("l1"), index);
-      if (!(group_.l1 >= 0)) {
-        throw py::value_error("param group " + std::to_string(index) + ": l1 is negative or nan");
+      if (!(group_.l1 >= 0 && group_.l1 < HUGE_VAL)) {
+        throw py::value_error("param group " + std::to_string(index) +
+                              ": l1 is negative or not finite");
       }
     }
     fallback_ = is_set(dict, "differentiable") ? "differentiable=True"

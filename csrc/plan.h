@@ -45,7 +45,8 @@ struct Extras {
   // formats of quantize.h.
   float* scale[kMaxStates] = {};
   bool square[kMaxStates] = {};
-  uint64_t seed = 0;  // of the random bits
+  bool random_state = false;  // states in bfloat16 are rounded at random, as those in 8 bits are
+  uint64_t seed = 0;          // of the random bits
 };
 
 // One parameter. Complex tensors arrive as real ones with twice the elements.

@@ -10,8 +10,8 @@
 // Rounding is stochastic. An average that moves by a thousandth of itself at each step would never
 // move if it were rounded to the nearest of eight values per octave; so it moves with probability
 // proportional to the change, and is right in the mean. Neighbours are at most 1/8 apart, which
-// bounds the error of one rounding. A square that is not zero never becomes zero: a later division
-// by its root would throw the weight away.
+// bounds the error of one rounding, but for values at the bottom of the range. A square that is not
+// zero never becomes zero: a later division by its root would throw the weight away.
 //
 // Block-wise scaling: Dettmers et al. 2022, section 2.1.
 #pragma once
@@ -34,10 +34,12 @@ FUSEDOPT_HD inline float block_scale(uint32_t largest) {
   const float margin = bit_cast<float>(largest) * 1.06666f;
   const uint32_t bits = bit_cast<uint32_t>(margin) & 0x7f800000u;
   const uint32_t lowest = (127 - 90) << 23;  // so that no value is subnormal, not in bfloat16
-  return bit_cast<float>(bits < lowest ? lowest : bits);
+  const uint32_t highest = 253u << 23;       // beyond, the inverse would be
+  const uint32_t scale = bits < lowest ? lowest : bits;
+  return bit_cast<float>(scale > highest ? 0x7f800000u : scale);
 }
 
-// 1 / scale, exactly.
+// 1 / scale, exactly. (Of an infinite one, some number.)
 FUSEDOPT_HD inline float inverse_scale(float scale) {
   return bit_cast<float>((254u << 23) - bit_cast<uint32_t>(scale));
 }

@@ -42,8 +42,13 @@ Stepper::~Stepper() {
 }
 
 void Stepper::configure(const StepOptions& options) {
+  const StepOptions& old = options_of_step_;
+  const bool same_state = options.weight_precision == old.weight_precision &&
+                          options.random_state == old.random_state &&
+                          (options.ema_decay >= 0) == (old.ema_decay >= 0) &&
+                          options.ema_warmup == old.ema_warmup;
   options_of_step_ = options;
-  ++epoch_;
+  if (same_state) return;
   for (Entry& entry : entries_) entry.known = false;
 }
 
@@ -254,7 +259,8 @@ void Stepper::gather_param(const Place& place, PyObject* param, const char* grou
 }
 
 bool Stepper::has_window(const Entry& entry, PyObject* param) {
-  if (entry.known && entry.param == param && untouched_ && entry.epoch == epoch_) {
+  if (entry.known && entry.param == param && untouched_ && entry.epoch == epoch_ &&
+      !(entry.state_dict && is_referenced(entry))) {
     return entry.extra != nullptr && entry.extra->grad_count != nullptr &&
            *entry.extra->grad_count > 0;
   }

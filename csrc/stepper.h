@@ -23,8 +23,8 @@ struct StepOptions {
   double max_grad_norm = -1;  // negative: none
   double max_grad_value = -1;
   WeightPrecision weight_precision = WeightPrecision::kNearest;
-  bool coded_state = false;  // new state is in 8 bits
-  double ema_decay = -1;     // negative: no average
+  bool random_state = false;  // state is in bfloat16 or 8 bits, and rounded at random
+  double ema_decay = -1;      // negative: no average
   bool ema_warmup = false;
   double l1 = 0;
 };

@@ -73,16 +73,16 @@ FUSEDOPT_HD inline float unit(float p, Float16) {
 // with each small update.)
 template <class P>
 FUSEDOPT_HD inline float join_kahan(float p, int16_t lost) {
-  return p + float(lost) * (unit(p, P{}) * 0x1p-16f);
+  const float whole = p + float(lost) * (unit(p, P{}) * 0x1p-16f);
+  return rounded<P>(whole) == p ? whole : p;
 }
 
 template <class P>
 FUSEDOPT_HD inline int16_t split_kahan(float whole) {
   const float p = rounded<P>(whole);
   float lost = (whole - p) * (0x1p16f / unit(p, P{}));
-  lost = lost > -32768.0f ? lost : -32768.0f;  // nan, too
+  lost = lost > -32767.0f ? lost : -32767.0f;  // nan, too; and never quite half a unit
   lost = lost < 32767.0f ? lost : 32767.0f;
-  // To the nearest integer, as in square_root's company: without a call.
   return int16_t(int32_t(lost + (lost < 0 ? -0.5f : 0.5f)));
 }
 

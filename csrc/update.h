@@ -148,6 +148,16 @@ FUSEDOPT_HD inline void round_all_randomly(float* p, const uint32_t* random, int
   for (int64_t i = 0; i < n; ++i) p[i] = round_randomly(p[i], random[i], P{});
 }
 
+// State in bfloat16.
+template <class T>
+FUSEDOPT_HD inline void round_state_randomly(T* x, const uint32_t* random, int shift, int64_t n) {
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = random[i] >> shift << (32 - kCodeShift);
+    x[i] = round_randomly(float(x[i]), bits, BFloat16{});
+  }
+}
+
 // 8-bit state: n elements of one block.
 template <class T>
 FUSEDOPT_HD inline uint32_t largest_magnitude(const T* x, int64_t n) {

@@ -72,7 +72,7 @@ class StepOptions:
     max_grad_norm: float
     max_grad_value: float
     weight_precision: WeightPrecision
-    coded_state: bool
+    random_state: bool
     ema_decay: float
     ema_warmup: bool
     l1: float

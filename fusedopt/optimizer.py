@@ -73,18 +73,20 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         nonfinite: What a nan or inf among the gradients does: ``"propagate"`` into the weights,
             as stock (default); ``"skip"`` the step, which leaves parameters and state as they
             are, drops what was accumulated, and counts in :attr:`skipped_steps`; ``"raise"``: the
-            same, and RuntimeError.
+            same, and RuntimeError (but a step that a gradient scaler has found bad is skipped).
         weight_precision: How bfloat16 and float16 parameters are updated: ``"nearest"`` rounds
             (default); ``"master"`` keeps a float32 copy in the state; ``"remainder"`` (bfloat16
             only) its lower 16 bits, to the same effect; ``"stochastic"`` rounds at random, right
             in the mean; ``"kahan"`` keeps what rounding took, in 16 bits. A weight that someone
             overwrites between two steps wins over the hidden part.
         state_dtype: What the rule's state is kept in: ``torch.float32``, ``torch.bfloat16``, or
-            ``torch.uint8`` for 8 bits with a scale for each 256 elements (``csrc/quantize.h``).
+            ``torch.uint8`` for 8 bits with a scale for each 256 elements (``csrc/quantize.h``);
+            the last two are rounded at random, right in the mean.
             None: the parameter's dtype, or float32 for 16-bit parameters whose
             ``weight_precision`` is not ``"nearest"``.
         ema_decay: Keep ``state["ema"]``, an average of the weights: a copy before the first step,
-            then ``ema = ema_decay * ema + (1 - ema_decay) * weight``. In [0, 1).
+            then ``ema = ema_decay * ema + (1 - ema_decay) * weight``. In [0, 1). Setting it to
+            None drops the average.
         ema_warmup: Use the decay ``min(ema_decay, (1 + t) / (10 + t))`` in step t.
         l1: After each update bring every weight nearer to zero by ``lr * l1``, and to exactly
             zero those that are nearer than that (the proximal operator of ``l1 * |w|``). A
@@ -118,7 +120,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -242,10 +244,15 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             self._configured = True
         return stepper
 
-    def _options_changed(self) -> None:
-        self._configured = False
+    def _options_changed(self, names: set[str]) -> None:
+        if names - {"grad_divisor", "nonfinite"}:
+            self._configured = False
         if "param_groups" in self.__dict__:
-            self._adopt_state()
+            if names & {"weight_precision", "state_dtype"}:
+                self._adopt_state()
+            if "ema_decay" in names and self.ema_decay is None:
+                for state in self.state.values():
+                    state.pop("ema", None)
 
     def _grad_scale(self) -> float | None:
         """The factor that a gradient scaler's loss had; None without a scaler."""
@@ -373,10 +380,13 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                     param.copy_(state[param]["ema"])
             yield
         finally:
+            self._swapped = False
             with torch.no_grad():
                 for param, weight in zip(params, weights, strict=True):
-                    param.copy_(weight)
-            self._swapped = False
+                    if param.shape == weight.shape and param.dtype == weight.dtype:
+                        param.copy_(weight)
+                    else:  # someone has put another tensor there
+                        param.data = weight
 
     # State ------------------------------------------------------------------------------------
 
@@ -579,8 +589,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this or of the stock optimizer.
 
-        As stock, except that state keeps the dtype it was saved in, where stock casts it to the
-        parameter's (pytorch issue 43706), unless ``state_dtype`` asks for another one. With a
+        As stock, except that state saved in a wider dtype than the parameter's keeps it, where
+        stock casts it (pytorch issue 43706), unless ``state_dtype`` asks for another one. With a
         ``weight_precision`` other than the checkpoint's, the hidden part of the weights is made
         from the one that was saved; without any, from the weights.
 
@@ -604,6 +614,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name != "step" and isinstance(value, Tensor):
                         self.state[param][name] = value.to(param.device)
+            self._check_options()
             self._adopt_state()
             counts = [int(state["grad_count"]) for state in self._window_states()]
             self._micro_batches = max(counts, default=0)
@@ -620,6 +631,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: also the options and what the last steps told."""
+        if self.__dict__.get("_swapped"):
+            raise RuntimeError("no copies of the optimizer within swap_ema()")
         own = [*OPTIONS, "_micro_batches", "_grad_norm", "_skipped_steps"]
         kept = {name: self.__dict__[name] for name in own if name in self.__dict__}
         return {**super().__getstate__(), **kept}

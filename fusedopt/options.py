@@ -105,15 +105,16 @@ class Option:
         """Set some options, or none of them when they are wrong by themselves or together."""
         checked = {name: getattr(type(instance), name).check(name, v) for name, v in values.items()}
         before = {n: instance.__dict__[n] for n in checked if n in instance.__dict__}
+        changed = {name for name, value in checked.items() if value != getattr(instance, name)}
         instance.__dict__.update(checked)
         try:
             instance._check_options()
+            instance._options_changed(changed)
         except BaseException:
             for name in checked:
                 instance.__dict__.pop(name)
             instance.__dict__.update(before)
             raise
-        instance._options_changed()
 
 
 class StepOptions:
@@ -144,8 +145,17 @@ class StepOptions:
     def _check_group(self, group: dict[str, Any]) -> None:
         """ValueError when the options do not fit a parameter group."""
         used = self._used()
-        if used and group.get("differentiable"):
-            raise ValueError(f"{used[0]} does not work with differentiable=True")
+        for flag in ("differentiable", "capturable"):
+            if used and group.get(flag):
+                raise ValueError(f"{used[0]} does not work with {flag}=True")
+        for name in OPTIONS:
+            if name in group and name != "l1":
+                raise ValueError(f"{name} is an option of the optimizer, not of a parameter group")
+        if group.get("amsgrad") and self.state_dtype == torch.uint8:
+            raise ValueError(
+                "state_dtype=torch.uint8 does not work with amsgrad=True: the largest of averages "
+                "that are rounded at random is larger than any of them"
+            )
         if group.get("centered") and self.state_dtype in (torch.bfloat16, torch.uint8):
             raise ValueError(
                 f"state_dtype={self.state_dtype} does not work with centered=True: the difference "
@@ -185,7 +195,7 @@ class StepOptions:
             if getattr(self, name) != option.default
         ]
 
-    def _options_changed(self) -> None:
+    def _options_changed(self, names: set[str]) -> None:
         raise NotImplementedError
 
     def _kernel_options(self) -> kernels.StepOptions:
@@ -197,7 +207,7 @@ class StepOptions:
         if self.max_grad_value is not None:
             options.max_grad_value = self.max_grad_value
         options.weight_precision = WEIGHT_PRECISIONS[self.weight_precision]
-        options.coded_state = self.state_dtype == torch.uint8
+        options.random_state = self.state_dtype in (torch.bfloat16, torch.uint8)
         if self.ema_decay is not None:
             options.ema_decay = self.ema_decay
         options.ema_warmup = self.ema_warmup

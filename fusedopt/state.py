@@ -57,6 +57,14 @@ def _memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def _check_shape(param: Tensor, value: Tensor, name: str) -> None:
+    if value.shape != param.shape:
+        raise ValueError(
+            f"state[{name!r}] has the shape {tuple(value.shape)}, "
+            f"its parameter {tuple(param.shape)}"
+        )
+
+
 @torch.no_grad()
 def whole_weight(param: Tensor, state: dict[str, Any]) -> Tensor:
     """A parameter's weight in full precision, from whichever hidden part its state has."""
@@ -66,6 +74,7 @@ def whole_weight(param: Tensor, state: dict[str, Any]) -> Tensor:
     for name in HIDDEN:
         hidden = state.get(name)
         if hidden is not None:
+            _check_shape(param, hidden, name)
             values = torch.empty(param.numel(), dtype=torch.float32, device="cpu")
             kernels.join_weights(
                 _rows(param),
@@ -147,7 +156,8 @@ def adopt(
         param: The parameter.
         state: Its state.
         squares: The rule's states, and whether they are squares.
-        dtype: What the rule's states shall be kept in; None: as they are.
+        dtype: What the rule's states shall be kept in; None: as they are, but not in less than
+            the parameter's own.
         hidden: The hidden part that the weight shall have, or None. When the state has another
             one instead, that one stays: the next step, when also the weight has been loaded for
             sure, makes this one from it.
@@ -156,14 +166,21 @@ def adopt(
         value = state.get(name)
         if not isinstance(value, Tensor):
             continue
+        _check_shape(param, value, name)
         if dtype == torch.uint8:
             if value.dtype != torch.uint8:
                 state[name], state[f"{name}_scale"] = encode(param, value, square)
-        elif value.dtype == torch.uint8:
-            state[name] = rule_values(state, name, square).to(dtype or torch.bfloat16)
+            continue
+        coded = value.dtype == torch.uint8
+        if coded:
+            value = rule_values(state, name, square)
             state.pop(f"{name}_scale")
-        elif dtype is not None and value.dtype != dtype:
-            state[name] = value.to(dtype)
+        kept = dtype or torch.promote_types(value.dtype, param.dtype)
+        if coded or value.dtype != kept:
+            state[name] = value.to(kept)
+    for name in ("master", "ema", "grad_sum"):
+        if isinstance(state.get(name), Tensor):
+            state[name] = state[name].to(wide_dtype(param))
     present = [name for name in HIDDEN if name in state]
     if hidden is None or hidden in present:
         for name in present:

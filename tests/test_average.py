@@ -166,6 +166,22 @@ def test_misuse_of_the_swap_is_an_error() -> None:
                 misuse()
 
 
+def test_swap_gives_back_when_a_parameter_was_exchanged() -> None:
+    params = make_params([(3,), (4,)])
+    ours = trained(Case("SGD", {"lr": 0.1}), params, **EMA)
+    with nothing_written(ours), ours.swap_ema():
+        params[0].data = torch.zeros(5)
+    set_grads(params, SETTLED)
+    ours.step()
+
+
+def test_average_begins_anew_when_it_was_switched_off() -> None:
+    params = make_params([(3,)])
+    ours = trained(Case("SGD", {"lr": 0.1}), params, **EMA)
+    ours.ema_decay = None
+    assert "ema" not in ours.state[params[0]]
+
+
 def test_ema_survives_checkpoints_and_copies() -> None:
     params = make_params()
     ours = trained(Case("AdamW", {"lr": 0.1}), params, **EMA)

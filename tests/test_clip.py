@@ -221,6 +221,17 @@ def test_finite_doubles_whose_squares_overflow_are_no_reason_to_skip() -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64))
 
 
+def test_gradient_that_overflows_when_divided_is_not_finite() -> None:
+    p = Parameter(torch.ones(3))
+    ours = fusedopt.SGD([p], lr=1.0, nonfinite="skip")
+    for divisor, skipped in ((0.25, 1), (0.75, 1)):
+        ours.grad_divisor = divisor
+        p.grad = torch.tensor([2e38, 0.0, 1.0])
+        ours.step()
+        assert ours.skipped_steps == skipped
+    assert torch.isfinite(p).all()
+
+
 def test_one_bad_element_anywhere_is_found() -> None:
     """First, last, in a tail, in the second chunk of the norm, behind a layout."""
     p, q = Parameter(torch.zeros(40_003)), Parameter(torch.zeros(33, 7).t())

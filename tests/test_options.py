@@ -77,6 +77,9 @@ PAIRS: dict[str, tuple[str, Any, dict[str, Any], list[str]]] = {
     "complex_8_bits": ("Adam", COMPLEX, {"state_dtype": torch.uint8}, ["state_dtype", "complex"]),
     "complex_bfloat16": ("Adam", COMPLEX, {"state_dtype": torch.bfloat16},
                          ["state_dtype", "complex"]),
+    "amsgrad_8_bits": ("Adam", REAL, {"amsgrad": True, "state_dtype": torch.uint8},
+                       ["state_dtype", "amsgrad"]),
+    "capturable": ("Adam", REAL, {"capturable": True, "l1": 0.5}, ["l1", "capturable"]),
     "differentiable": ("Adam", REAL, {"differentiable": True, "ema_decay": 0.9},
                        ["differentiable", "ema_decay"]),
 }  # fmt: skip
@@ -131,6 +134,30 @@ def test_what_torch_would_have_to_take_is_refused(name: str, param: Any) -> None
         p.grad = param()
     with nothing_written(ours), pytest.raises(RuntimeError, match=rf"parameter 0.*{name}"):
         ours.step()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"l1"}))
+def test_option_in_a_group_is_refused(name: str) -> None:
+    """It would be ignored."""
+    group = {"params": make_params(), name: OPTIONS[name].default}
+    with pytest.raises(ValueError, match=f"{name} is an option of the optimizer"):
+        fusedopt.SGD([group], lr=0.1)
+
+
+def test_checkpoint_whose_groups_do_not_fit_the_options_is_refused() -> None:
+    saved = fusedopt.RMSprop(make_params(), centered=True).state_dict()
+    with pytest.raises(ValueError, match="centered"):
+        fusedopt.RMSprop(make_params(), state_dtype=torch.uint8).load_state_dict(saved)
+
+
+def test_setting_an_option_does_not_make_the_next_step_look_at_all_again() -> None:
+    """As it does when the state is asked for."""
+    ours = fusedopt.AdamW(make_params())
+    for step in range(4):
+        set_grads(params_of(ours), step)
+        ours.step()
+        ours.grad_divisor, ours.max_grad_norm = 1.0 + step, 1.0 + step
+        assert "_state_seen" in vars(ours)
 
 
 def test_signature_and_documentation_tell_the_options() -> None:
