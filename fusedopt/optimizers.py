@@ -17,7 +17,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     Takes the arguments of :class:`torch.optim.Adam` and keeps its state: ``step`` (0-dim),
     ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad`` (Reddi et al. 2018, Algorithm 2),
-    ``max_exp_avg_sq``, each of the parameter's shape and dtype. ``foreach`` and ``fused`` are
+    ``max_exp_avg_sq``, each of the parameter's shape and, unless ``state_dtype`` says otherwise,
+    dtype. ``foreach`` and ``fused`` are
     accepted and change nothing.
 
     Raises:
@@ -46,7 +47,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """Stochastic gradient descent, a drop-in replacement of ``torch.optim.SGD``.
 
     With ``momentum`` (Sutskever et al. 2013, in torch's form) keeps ``momentum_buffer``, of the
-    parameter's shape and dtype.
+    parameter's shape and, unless ``state_dtype`` says otherwise, dtype.
 
     Raises:
         ValueError: An argument is out of its range, or Nesterov momentum has no momentum.
