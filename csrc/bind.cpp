@@ -18,6 +18,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("family_states", &family_states, py::arg("family"));
   m.attr("BLOCK") = kBlock;
 
+  m.def(
+      "close_windows", [](const py::dict& state) { close_windows(state.ptr()); }, py::arg("state"));
+
   py::enum_<NormType>(m, "NormType")
       .value("none", NormType::kNone)
       .value("two", NormType::kTwo)

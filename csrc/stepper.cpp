@@ -25,6 +25,19 @@ py::dict family_states(const std::string& name) {
   return squares;
 }
 
+void close_windows(PyObject* state) {
+  Py_ssize_t position = 0;
+  PyObject *param, *entries;
+  while (PyDict_Next(state, &position, &param, &entries)) {
+    PyObject* count = PyDict_Check(entries) ? PyDict_GetItemString(entries, "grad_count") : nullptr;
+    View view;
+    if (count != nullptr && read_tensor(count, &view) == Reading::kOk &&
+        view.dtype == DType::kInt64 && fusedopt::count(view) == 1) {
+      *reinterpret_cast<int64_t*>(view.data) = 0;
+    }
+  }
+}
+
 Stepper::Stepper(const std::string& family_name, py::object unshared)
     : unshared_(std::move(unshared)) {
   const base::FamilyEntry& found = find_family(family_name);
@@ -129,14 +142,12 @@ void Stepper::run(int threads, double multiplier, bool stream) {
   if (stream) {
     for (Group& group : groups_) group.rule = stream_rule(group.rule);
   }
+  if (window_) close_windows(state_);
   if (!tasks_.empty()) {
     py::gil_scoped_release nogil;
     for (const Active& active : active_) {
-      Entry& entry = entries_[active.entry];
+      const Entry& entry = entries_[active.entry];
       if (entry.step) entry.write_step();
-      if (entry.extra != nullptr && entry.extra->grad_count != nullptr) {
-        *entry.extra->grad_count = 0;
-      }
     }
     cpu_update(plan_, threads, measured_);
   }

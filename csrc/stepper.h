@@ -32,6 +32,10 @@ struct StepOptions {
 // A family's states, and whether they are squares, which in 8 bits have a format of their own.
 py::dict family_states(const std::string& name);
 
+// Makes all accumulators of an optimizer's state hold nothing, also those of parameters that have
+// left their group meanwhile.
+void close_windows(PyObject* state);
+
 // Reads an optimizer at every step. Of what it saw at the last one it trusts nothing that may have
 // changed since: parameters and gradients are looked at again. State is looked at again too,
 // unless nobody can have touched it: the `state` attribute has not been asked for since the last

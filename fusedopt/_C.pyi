@@ -23,6 +23,9 @@ def family_states(family: str) -> dict[str, bool]:
 BLOCK: int
 """The elements that share a scale in 8-bit state."""
 
+def close_windows(state: dict[torch.Tensor, Any]) -> None:
+    """Makes all accumulators of an optimizer's state hold nothing."""
+
 class NormType:
     none: NormType
     two: NormType

@@ -222,10 +222,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             # processor's cache.
             increment_version(stepper.updated())
             stepper.run(threads, multiplier, stream)
-            if window:
-                self._micro_batches = 0
-                if len(self.__dict__["state"]) > sum(len(g["params"]) for g in self.param_groups):
-                    self._close_windows()  # of parameters that have left their group meanwhile
+            self._micro_batches = 0
         except BaseException:
             self._roll_back(created)
             raise
@@ -318,12 +315,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     def _drop_window(self) -> None:
         if self._micro_batches:
-            self._close_windows()
+            kernels.close_windows(self.__dict__["state"])
             self._micro_batches = 0
-
-    def _close_windows(self) -> None:
-        for state in self._window_states():
-            state["grad_count"].zero_()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, as stock; also those that :meth:`accumulate` has added up."""
