@@ -58,7 +58,7 @@ FUSEDOPT_HD inline float decode_square(uint8_t code, float scale) {
 // `random`: kCodeShift random bits.
 FUSEDOPT_HD inline uint8_t encode_signed(float x, float inverse, uint32_t random) {
   const uint32_t bits = bit_cast<uint32_t>(x * inverse);
-  int32_t code = (int32_t((bits & 0x7fffffffu) + random) - int32_t(kSignedZero)) >> kCodeShift;
+  int32_t code = int32_t((bits & 0x7fffffffu) + random - kSignedZero) >> kCodeShift;
   code = code < 0 ? 0 : code;
   code = code > 127 ? 127 : code;
   return uint8_t(uint32_t(code) | bits >> 31 << 7);
@@ -66,7 +66,7 @@ FUSEDOPT_HD inline uint8_t encode_signed(float x, float inverse, uint32_t random
 
 FUSEDOPT_HD inline uint8_t encode_square(float x, float inverse, uint32_t random) {
   const uint32_t bits = bit_cast<uint32_t>(x * inverse) & 0x7fffffffu;
-  int32_t code = (int32_t(bits + random) - int32_t(kSquareZero)) >> kCodeShift;
+  int32_t code = int32_t(bits + random - kSquareZero) >> kCodeShift;
   const int32_t least = x == 0 ? 0 : 1;
   code = code < least ? least : code;
   return uint8_t(code > 255 ? 255 : code);
