@@ -387,6 +387,7 @@ inline void prefetch(const Task& task) {
       static_cast<const char*>(task.param.data), static_cast<const char*>(task.grad.data),
       static_cast<const char*>(task.state[0].data), static_cast<const char*>(task.state[1].data)};
   for (const char* array : arrays) {
+    if (array == nullptr) continue;
     for (int line = 0; line < 4; ++line) __builtin_prefetch(array + 64 * line);
   }
 }

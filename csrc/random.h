@@ -34,6 +34,7 @@ FUSEDOPT_HD inline uint32_t random_bits(RandomKey key, uint32_t index) {
   x *= 0x9e3779b1u;
   x = (x ^ (x >> 15)) + key.second;
   x *= 0x85ebca77u;
+  x = (x ^ (x >> 13)) * 0xc2b2ae3du;
   return x ^ (x >> 16);
 }
 

@@ -739,6 +739,9 @@ void test_random_bits() {
       }
     }
   }
+  for (const base::RandomKey key : {base::RandomKey{8, 6}, {7, 7}}) {
+    check(base::random_bits(key, 5) != base::random_bits({7, 6}, 5), "both halves of a key count");
+  }
   // One element through the steps, and through the seeds.
   for (uint32_t index : {0u, 1u, 12345u, ~0u}) {
     std::vector<uint32_t> steps, seeds;
