@@ -12,9 +12,8 @@
 namespace fusedopt::FUSEDOPT_ISA {
 
 // Elements of a tile: all its buffers fit the first-level cache beside the streams. A tile begins
-// at a multiple of its size, or at a block where a thread's part begins.
-constexpr int64_t kTile = 512;
-static_assert(kTile % kBlock == 0, "8-bit state: a tile is made of whole blocks");
+// at a multiple of its size, as threads' parts do; so it is a block of 8-bit state, too.
+constexpr int64_t kTile = kBlock;
 
 inline int64_t tile_end(int64_t at, int64_t end) {
   const int64_t next = at / kTile * kTile + kTile;
@@ -50,21 +49,10 @@ inline void for_each_run(const Layout& layout, int64_t begin, int64_t n, F&& f) 
   }
 }
 
-// Has a tile on its way. Called for the one after that which is being loaded: a tile is read in a
-// burst, and while it is computed the processor's own prefetching comes to a halt.
-template <class Stored>
-inline void prefetch_tile(const Stored* from) {
-  const char* const data = reinterpret_cast<const char*>(from);
-  for (int64_t line = 0; line < kTile * int64_t(sizeof(Stored)); line += 64) {
-    __builtin_prefetch(data + line);
-  }
-}
-
 template <class T, class Stored>
 inline void load_tile(const Stored* from, const Layout* layout, int64_t begin, int64_t n, T* out) {
   if (layout == nullptr) {
     from += begin;
-    prefetch_tile(from + kTile);
     FUSEDOPT_VECTORIZE
     for (int64_t i = 0; i < n; ++i) out[i] = load<T>(from[i]);
     return;
@@ -100,28 +88,27 @@ inline bool in_place(const Operand& operand) {
   return operand.dtype == kArithmetic<T> && operand.layout == nullptr;
 }
 
+// Calls f(Stored{}) with the operand's storage format, one of the four floating-point ones.
+template <class F>
+inline void with_format(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+    case DType::kInt16:
+    case DType::kInt64:
+    case DType::kUInt8: return;
+  }
+}
+
 // A pointer to elements [begin, begin + n) as T: into the tensor itself, or to a copy in `buffer`.
 template <class T>
 inline T* open_tile(const Operand& operand, int64_t begin, int64_t n, T* buffer) {
   if (in_place<T>(operand)) return static_cast<T*>(operand.data) + begin;
-  const Layout* layout = operand.layout;
-  switch (operand.dtype) {
-    case DType::kFloat32:
-      load_tile(static_cast<const float*>(operand.data), layout, begin, n, buffer);
-      break;
-    case DType::kFloat64:
-      load_tile(static_cast<const double*>(operand.data), layout, begin, n, buffer);
-      break;
-    case DType::kBFloat16:
-      load_tile(static_cast<const BFloat16*>(operand.data), layout, begin, n, buffer);
-      break;
-    case DType::kFloat16:
-      load_tile(static_cast<const Float16*>(operand.data), layout, begin, n, buffer);
-      break;
-    case DType::kInt16:  // no numbers of this kind
-    case DType::kInt64:
-    case DType::kUInt8: break;
-  }
+  with_format(operand.dtype, [&](auto format) {
+    load_tile(static_cast<const decltype(format)*>(operand.data), operand.layout, begin, n, buffer);
+  });
   return buffer;
 }
 
@@ -129,20 +116,9 @@ inline T* open_tile(const Operand& operand, int64_t begin, int64_t n, T* buffer)
 template <class T>
 inline void close_tile(const Operand& operand, int64_t begin, int64_t n, const T* tile) {
   if (in_place<T>(operand)) return;
-  const Layout* layout = operand.layout;
-  switch (operand.dtype) {
-    case DType::kFloat32:
-      return store_tile(tile, layout, begin, n, static_cast<float*>(operand.data));
-    case DType::kFloat64:
-      return store_tile(tile, layout, begin, n, static_cast<double*>(operand.data));
-    case DType::kBFloat16:
-      return store_tile(tile, layout, begin, n, static_cast<BFloat16*>(operand.data));
-    case DType::kFloat16:
-      return store_tile(tile, layout, begin, n, static_cast<Float16*>(operand.data));
-    case DType::kInt16:
-    case DType::kInt64:
-    case DType::kUInt8: break;
-  }
+  with_format(operand.dtype, [&](auto format) {
+    store_tile(tile, operand.layout, begin, n, static_cast<decltype(format)*>(operand.data));
+  });
 }
 
 // Gradient and what was accumulated before, added up.
@@ -151,60 +127,90 @@ inline const T* open_gradients(const Task& task, int64_t begin, int64_t n, T* bu
   const bool accumulated = task.extras != nullptr && task.extras->accumulated;
   if (!accumulated) return open_tile(task.grad, begin, n, buffer);
   if (task.grad.data == nullptr) return open_tile(task.extras->grad_sum, begin, n, buffer);
-  const T* g = open_tile(task.grad, begin, n, buffer);
   alignas(64) T sum_buffer[kTile];
-  add(open_tile(task.extras->grad_sum, begin, n, sum_buffer), g, buffer, n);
+  const T* const sum = open_tile(task.extras->grad_sum, begin, n, sum_buffer);
+  if (task.grad.layout == nullptr) {
+    with_format(task.grad.dtype, [&](auto format) {
+      add(sum, static_cast<const decltype(format)*>(task.grad.data) + begin, buffer, n);
+    });
+  } else {
+    add(sum, open_tile(task.grad, begin, n, buffer), buffer, n);
+  }
   return buffer;
 }
 
-// States in 8 bits. They are dense, and a part begins at a block.
+// Calls fill(to) with where to write a tile.
+template <class Stored, class F>
+inline void write_tile(const Operand& operand, int64_t begin, int64_t n, F&& fill) {
+  Stored* data = static_cast<Stored*>(operand.data);
+  if (operand.layout == nullptr) return fill(data + begin);
+  alignas(64) Stored buffer[kTile];
+  fill(buffer);
+  const Stored* from = buffer;
+  const int64_t stride = operand.layout->stride[operand.layout->ndim - 1];
+  for_each_run(*operand.layout, begin, n, [&](int64_t offset, int64_t run) {
+    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = *from++;
+  });
+}
+
+// States in 8 bits are dense, and a tile is one of their blocks.
+inline uint8_t* codes_of(const Task& task, int k, int64_t begin) {
+  return static_cast<uint8_t*>(task.state[k].data) + begin;
+}
+
+inline float& scale_of(const Task& task, int k, int64_t begin) {
+  return task.extras->scale[k][begin / kBlock];
+}
+
+template <class T>
+inline void rescale_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile) {
+  scale_of(task, k, begin) = block_scale(largest_magnitude(tile, n));
+}
+
+template <class T>
+inline void encode_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
+                         const uint16_t* random) {
+  const float inverse = inverse_scale(scale_of(task, k, begin));
+  uint8_t* const codes = codes_of(task, k, begin);
+  if (task.extras->square[k]) {
+    encode_block<true>(tile, inverse, random, k, codes, n);
+  } else {
+    encode_block<false>(tile, inverse, random, k, codes, n);
+  }
+}
+
 template <class T>
 inline T* open_state(const Task& task, int k, int64_t begin, int64_t n, T* buffer) {
   if (task.state[k].dtype != DType::kUInt8) return open_tile(task.state[k], begin, n, buffer);
-  const uint8_t* codes = static_cast<const uint8_t*>(task.state[k].data);
-  prefetch_tile(codes + begin + kTile);
-  for (int64_t at = begin; at < begin + n; at += kBlock) {
-    const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
-    const float scale = task.extras->scale[k][at / kBlock];
-    if (task.extras->square[k]) {
-      decode<true>(codes + at, scale, buffer + (at - begin), length);
-    } else {
-      decode<false>(codes + at, scale, buffer + (at - begin), length);
-    }
+  const uint8_t* const codes = codes_of(task, k, begin);
+  const float scale = scale_of(task, k, begin);
+  if (task.extras->square[k]) {
+    decode_block<true>(codes, scale, buffer, n);
+  } else {
+    decode_block<false>(codes, scale, buffer, n);
   }
   return buffer;
 }
 
-// Where in an element's 32 random bits each state finds its own. (Neighbours share some.)
-constexpr int kStateShift[kMaxStates] = {12, 0, 6};
-
+// `random`: null when states of 16 bits are rounded to nearest.
 template <class T>
-inline void close_state(const Task& task, int k, int64_t begin, int64_t n, T* tile,
-                        const uint32_t* random) {
-  if (task.state[k].dtype != DType::kUInt8) {
-    if (task.state[k].dtype == DType::kBFloat16 && random != nullptr) {
-      round_state_randomly(tile, random, kStateShift[k], n);
-    }
-    return close_tile(task.state[k], begin, n, tile);
+inline void close_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
+                        const uint16_t* random) {
+  const Operand& state = task.state[k];
+  if (state.dtype == DType::kUInt8) {
+    rescale_state(task, k, begin, n, tile);
+    return encode_state(task, k, begin, n, tile, random);
   }
-  uint8_t* codes = static_cast<uint8_t*>(task.state[k].data);
-  for (int64_t at = begin; at < begin + n; at += kBlock) {
-    const int64_t length = begin + n - at < kBlock ? begin + n - at : kBlock;
-    const T* x = tile + (at - begin);
-    const float scale = block_scale(largest_magnitude(x, length));
-    const float inverse = inverse_scale(scale);
-    task.extras->scale[k][at / kBlock] = scale;
-    if (task.extras->square[k]) {
-      encode<true>(x, inverse, random + (at - begin), kStateShift[k], codes + at, length);
-    } else {
-      encode<false>(x, inverse, random + (at - begin), kStateShift[k], codes + at, length);
-    }
+  if (state.dtype != DType::kBFloat16 || random == nullptr) {
+    return close_tile(state, begin, n, tile);
   }
+  write_tile<BFloat16>(state, begin, n,
+                       [&](BFloat16* to) { round_all_randomly(tile, random, k, to, n); });
 }
 
 // Calls f(P{}) with the 16-bit format.
 template <class F>
-inline void with_format(DType dtype, F&& f) {
+inline void with_half(DType dtype, F&& f) {
   if (dtype == DType::kBFloat16) return f(BFloat16{});
   f(Float16{});
 }
@@ -213,30 +219,13 @@ inline void with_format(DType dtype, F&& f) {
 inline const int16_t* open_hidden(const Operand& hidden, int64_t begin, int64_t n,
                                   int16_t* buffer) {
   const int16_t* data = static_cast<const int16_t*>(hidden.data);
-  if (hidden.layout == nullptr) {
-    prefetch_tile(data + begin + kTile);
-    return data + begin;
-  }
+  if (hidden.layout == nullptr) return data + begin;
   const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
   int16_t* out = buffer;
   for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
     for (int64_t i = 0; i < run; ++i) *out++ = data[offset + i * stride];
   });
   return buffer;
-}
-
-// Calls split(to) with where to write the hidden parts of a tile.
-template <class F>
-inline void close_hidden(const Operand& hidden, int64_t begin, int64_t n, F&& split) {
-  int16_t* data = static_cast<int16_t*>(hidden.data);
-  if (hidden.layout == nullptr) return split(data + begin);
-  alignas(64) int16_t buffer[kTile];
-  split(buffer);
-  const int16_t* from = buffer;
-  const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
-  for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = *from++;
-  });
 }
 
 // The weights of a tile in full precision, in `buffer` or in the tensor they live in.
@@ -254,7 +243,7 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
     case WeightPrecision::kMaster: {
       alignas(64) float master_buffer[kTile];
       float* master = open_tile(hidden, begin, n, master_buffer);
-      with_format(task.param.dtype,
+      with_half(task.param.dtype,
                   [&](auto format) { join_masters<decltype(format)>(p, master, n); });
       if (in_place<float>(hidden)) return master;
       __builtin_memcpy(p, master, n * sizeof(float));
@@ -268,12 +257,19 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
     case WeightPrecision::kKahan: {
       alignas(64) int16_t hidden_buffer[kTile];
       const int16_t* lost = open_hidden(hidden, begin, n, hidden_buffer);
-      with_format(task.param.dtype,
+      with_half(task.param.dtype,
                   [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
       break;
     }
   }
   return p;
+}
+
+inline void draw_tile(const Task& task, uint32_t stream, int64_t begin,
+                      uint16_t (&random)[kTile]) {
+  const uint64_t pair = uint64_t(begin) / 2;
+  draw(random_key(task.extras->seed, uint64_t(task.step), stream, uint32_t(pair >> 32)),
+       uint32_t(pair), random);
 }
 
 inline void close_weights(const Task& task, int64_t begin, int64_t n, double* p) {
@@ -291,75 +287,151 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
       break;
     case WeightPrecision::kRemainder:
       move_off_upper_ties(p, n);
-      close_hidden(task.extras->hidden, begin, n, [&](int16_t* to) { split_remainders(p, to, n); });
+      write_tile<int16_t>(task.extras->hidden, begin, n,
+                          [&](int16_t* to) { split_remainders(p, to, n); });
       break;
     case WeightPrecision::kKahan:
-      with_format(task.param.dtype, [&](auto format) {
-        close_hidden(task.extras->hidden, begin, n,
-                     [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
+      with_half(task.param.dtype, [&](auto format) {
+        write_tile<int16_t>(task.extras->hidden, begin, n,
+                            [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
       });
       break;
     case WeightPrecision::kStochastic: {
-      alignas(64) uint32_t random[kTile];
-      const RandomKey key =
-          random_key(task.extras->seed, uint64_t(task.step), kWeightStream, uint32_t(begin >> 32));
-      draw(key, uint32_t(begin), random, n);
-      with_format(task.param.dtype,
-                  [&](auto format) { round_all_randomly<decltype(format)>(p, random, n); });
-      break;
+      alignas(64) uint16_t random[kTile];
+      draw_tile(task, kWeightStream, begin, random);
+      return with_half(task.param.dtype, [&](auto format) {
+        write_tile<decltype(format)>(task.param, begin, n, [&](auto* to) {
+          round_all_randomly(p, random, 0, to, n);
+        });
+      });
     }
   }
   close_tile(task.param, begin, n, p);
 }
 
-// A step without stages on tensors that need no conversion: there is no need for tiles.
+// True when the rule's loop can run over the tensors themselves, and nothing but it is to be done.
 template <class Rule, class T>
 inline bool is_direct(const Task& task, const TileStages<T>& stages) {
-  bool direct = task.extras == nullptr && !stages.limits() && stages.shrink == 0 &&
-                in_place<T>(task.param) && in_place<T>(task.grad);
+  bool direct = !stages.limits() && stages.shrink == 0 && in_place<T>(task.param) &&
+                in_place<T>(task.grad);
+  if (task.extras != nullptr) {
+    direct = direct && !task.extras->accumulated &&
+             (task.extras->ema.data == nullptr || in_place<T>(task.extras->ema));
+  }
   for (int k = 0; k < Rule::kStates; ++k) direct = direct && in_place<T>(task.state[k]);
   return direct;
 }
 
 template <class Rule, class T>
+inline void update_directly(const Rule& rule, const Task& task, const TileStages<T>& stages,
+                            int64_t begin, int64_t n) {
+  T* const p = static_cast<T*>(task.param.data) + begin;
+  const T* const g = static_cast<const T*>(task.grad.data) + begin;
+  States<T> states = {};
+  for (int k = 0; k < Rule::kStates; ++k) {
+    states.data[k] = static_cast<T*>(task.state[k].data) + begin;
+  }
+  if (task.extras == nullptr || task.extras->ema.data == nullptr) {
+    return apply_rule(rule, p, g, stages.multiplier, stages.factor, states, NoAverage{}, n);
+  }
+  const Average<T> average = {static_cast<T*>(task.extras->ema.data) + begin, stages.ema_weight};
+  apply_rule(rule, p, g, stages.multiplier, stages.factor, states, average, n);
+}
+
+// How the rule's loop reaches the states.
+enum class Access : uint8_t { kTiles, kHalves, kRoundedHalves, kCodes };
+
+// The access that suits all of a task's states.
+template <class Rule, class T>
+inline Access state_access(const Task& task) {
+  if (Rule::kStates == 0 || sizeof(T) != sizeof(float)) return Access::kTiles;
+  bool halves = true, codes = true;
+  for (int k = 0; k < Rule::kStates; ++k) {
+    halves &= task.state[k].dtype == DType::kBFloat16 && task.state[k].layout == nullptr;
+    codes &= task.state[k].dtype == DType::kUInt8 && task.extras->square[k] == Rule::is_square(k);
+  }
+  if (codes) return Access::kCodes;
+  if (!halves) return Access::kTiles;
+  const bool rounds = task.extras != nullptr && task.extras->random_state;
+  return rounds ? Access::kRoundedHalves : Access::kHalves;
+}
+
+template <class Rule, bool kRandom>
+inline HalfStates<kRandom> half_states(const Task& task, int64_t begin, const uint16_t* random) {
+  HalfStates<kRandom> states = {{}, random};
+  for (int k = 0; k < Rule::kStates; ++k) {
+    states.data[k] = static_cast<BFloat16*>(task.state[k].data) + begin;
+  }
+  return states;
+}
+
+// The rule on a tile whose weights and gradients are open: reads, applies, and writes the states.
+template <class Rule, class T>
+inline void update_states(const Rule& rule, const Task& task, Access access, T* p, const T* g,
+                          T multiplier, T factor, int64_t begin, int64_t n, T (*buffer)[kTile],
+                          const uint16_t* random) {
+  constexpr int kStates = Rule::kStates;
+  if constexpr (sizeof(T) == sizeof(float) && kStates > 0) {
+    if (access == Access::kHalves) {
+      return apply_rule(rule, p, g, multiplier, factor,
+                        half_states<Rule, false>(task, begin, random), NoAverage{}, n);
+    }
+    if (access == Access::kRoundedHalves) {
+      return apply_rule(rule, p, g, multiplier, factor,
+                        half_states<Rule, true>(task, begin, random), NoAverage{}, n);
+    }
+    if (access == Access::kCodes) {
+      CodedStates<Rule> states;
+      for (int k = 0; k < kStates; ++k) {
+        states.codes[k] = codes_of(task, k, begin);
+        states.scale[k] = scale_of(task, k, begin);
+        states.decoded[k] = buffer[k];
+      }
+      apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, n);
+      for (int k = 0; k < kStates; ++k) rescale_state(task, k, begin, n, buffer[k]);
+      for (int k = 0; k < kStates; ++k) encode_state(task, k, begin, n, buffer[k], random);
+      return;
+    }
+  }
+  States<T> states = {};
+  for (int k = 0; k < kStates; ++k) states.data[k] = open_state(task, k, begin, n, buffer[k]);
+  apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, n);
+  for (int k = 0; k < kStates; ++k) close_state(task, k, begin, n, states.data[k], random);
+}
+
+template <class Rule, class T>
 inline void update_elements(const Rule& rule, const Task& task, const TileStages<T>& stages,
                             int64_t begin, int64_t end) {
-  T* s[kMaxStates] = {};
   if (is_direct<Rule>(task, stages)) {
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = static_cast<T*>(task.state[k].data) + begin;
-    return apply_rule(rule, static_cast<T*>(task.param.data) + begin,
-                      static_cast<const T*>(task.grad.data) + begin, stages.multiplier,
-                      stages.factor, s, end - begin);
+    return update_directly(rule, task, stages, begin, end - begin);
   }
   const Extras* extras = task.extras;
+  const Access access = state_access<Rule, T>(task);
   bool draws = extras != nullptr && extras->random_state;
   for (int k = 0; k < Rule::kStates; ++k) draws |= task.state[k].dtype == DType::kUInt8;
   alignas(64) T buffer[2 + kMaxStates][kTile];
-  alignas(64) uint32_t random[kTile];
+  alignas(64) uint16_t random[kTile];
   for (int64_t at = begin, next; at < end; at = next) {
     next = tile_end(at, end);
     const int64_t n = next - at;
     T* p = open_weights(task, at, n, buffer[0]);
     const T* g = open_gradients(task, at, n, buffer[1]);
-    for (int k = 0; k < Rule::kStates; ++k) s[k] = open_state(task, k, at, n, buffer[2 + k]);
+    T multiplier = stages.multiplier;
     if (stages.limits()) {
       limit_gradients(g, stages, buffer[1], n);
       g = buffer[1];
+      multiplier = 1;
     }
-    apply_rule(rule, p, g, stages.limits() ? T(1) : stages.multiplier, stages.factor, s, n);
+    if (draws) draw_tile(task, kStateStream, at, random);
+    update_states(rule, task, access, p, g, multiplier, stages.factor, at, n, buffer + 2,
+                  draws ? random : nullptr);
     if (stages.shrink != 0) shrink(p, stages.shrink, n);
     if (extras != nullptr && extras->ema.data != nullptr) {
       T* ema = open_tile(extras->ema, at, n, buffer[1]);
-      average(ema, p, stages.ema_weight, n);
+      update_average(Average<T>{ema, stages.ema_weight}, p, n);
       close_tile(extras->ema, at, n, ema);
     }
     close_weights(task, at, n, p);
-    if (draws) {
-      draw(random_key(extras->seed, uint64_t(task.step), kStateStream, uint32_t(at >> 32)),
-           uint32_t(at), random, n);
-    }
-    for (int k = 0; k < Rule::kStates; ++k)
-      close_state(task, k, at, n, s[k], draws ? random : nullptr);
   }
 }
 
@@ -525,14 +597,19 @@ void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, 
 template <class T>
 inline void accumulate_elements(const Task& task, int64_t begin, int64_t end) {
   const Operand& to = task.extras->grad_sum;
+  const bool adds = task.extras->accumulated;
+  if (in_place<T>(to) && task.grad.layout == nullptr) {
+    return with_format(task.grad.dtype, [&](auto format) {
+      const auto* const g = static_cast<const decltype(format)*>(task.grad.data) + begin;
+      accumulate(g, adds, static_cast<T*>(to.data) + begin, end - begin);
+    });
+  }
   alignas(64) T buffer[2][kTile];
   for (int64_t at = begin, next; at < end; at = next) {
     next = tile_end(at, end);
     const int64_t n = next - at;
-    T* sum = in_place<T>(to) ? static_cast<T*>(to.data) + at : buffer[0];
-    // The first of a window is written over whatever the memory held.
-    const T* g = open_gradients(task, at, n, buffer[1]);
-    __builtin_memcpy(sum, g, n * sizeof(T));
+    T* sum = open_tile(to, at, n, buffer[0]);
+    accumulate(open_tile(task.grad, at, n, buffer[1]), adds, sum, n);
     close_tile(to, at, n, sum);
   }
 }
@@ -571,24 +648,23 @@ void split_weights(const Task& task, const float* whole) {
   }
 }
 
-void decode_state(const Task& task, float* values) {
+void decode_states(const Task& task, float* values) {
   for (int64_t at = 0; at < task.numel; at += kTile) {
     open_state(task, 0, at, tile_end(at, task.numel) - at, values + at);
   }
 }
 
-void encode_state(const Task& task, const float* values) {
-  alignas(64) uint32_t nearest[kTile];
-  for (uint32_t& bits : nearest) bits = kCodeNearest << kStateShift[0];
+void encode_states(const Task& task, const float* values) {
+  alignas(64) uint16_t nearest[kTile];
+  for (uint16_t& bits : nearest) bits = kNearest;
   for (int64_t at = 0; at < task.numel; at += kTile) {
     const int64_t n = tile_end(at, task.numel) - at;
-    alignas(64) float tile[kTile];
-    __builtin_memcpy(tile, values + at, n * sizeof(float));
-    close_state(task, 0, at, n, tile, nearest);
+    rescale_state(task, 0, at, n, values + at);
+    encode_state(task, 0, at, n, values + at, nearest);
   }
 }
 
 const Kernels kKernels = {update_range,  measure_range, accumulate_range, join_weights,
-                          split_weights, decode_state,  encode_state};
+                          split_weights, decode_states, encode_states};
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -22,7 +22,6 @@ namespace fusedopt::FUSEDOPT_ISA {
 
 // How far the lowest bit of a code's mantissa is from that of a float.
 constexpr int kCodeShift = 20;
-constexpr uint32_t kCodeNearest = 1u << (kCodeShift - 1);  // as random bits: round to nearest
 
 constexpr uint32_t kSignedZero = (127 - 15) << 23;  // the float bits that code 0 would have
 constexpr uint32_t kSquareZero = (127 - 31) << 23;
@@ -44,32 +43,31 @@ FUSEDOPT_HD inline float inverse_scale(float scale) {
   return bit_cast<float>((254u << 23) - bit_cast<uint32_t>(scale));
 }
 
-FUSEDOPT_HD inline float decode_signed(uint8_t code, float scale) {
-  const uint32_t magnitude = code & 0x7fu;
-  const uint32_t bits = magnitude == 0 ? 0 : (magnitude << kCodeShift) + kSignedZero;
-  return bit_cast<float>(bits | uint32_t(code & 0x80) << 24) * scale;
+template <bool kSquare>
+FUSEDOPT_HD inline float decode(uint8_t code, float scale) {
+  // All of it in 32 bits: compilers would widen code and sign apart from each other.
+  const uint32_t wide = code;
+  const uint32_t bits = wide << kCodeShift & (kSquare ? 0xffu : 0x7fu) << kCodeShift;
+  const uint32_t magnitude = bits == 0 ? 0 : bits + (kSquare ? kSquareZero : kSignedZero);
+  const uint32_t sign = kSquare ? 0 : wide << 24 & 0x80000000u;
+  return bit_cast<float>(magnitude | sign) * scale;
 }
 
-FUSEDOPT_HD inline float decode_square(uint8_t code, float scale) {
-  const uint32_t bits = code == 0 ? 0 : (uint32_t(code) << kCodeShift) + kSquareZero;
-  return bit_cast<float>(bits) * scale;
-}
+// `random`: 16 random bits. The middle of their range, kNearest, rounds to nearest.
+constexpr uint16_t kNearest = 0x8000;
 
-// `random`: kCodeShift random bits.
-FUSEDOPT_HD inline uint8_t encode_signed(float x, float inverse, uint32_t random) {
+template <bool kSquare>
+FUSEDOPT_HD inline uint8_t encode(float x, float inverse, uint16_t random) {
+  constexpr int32_t kHighest = kSquare ? 255 : 127;
+  // With 1/2 for the bits beyond the random ones.
+  constexpr uint32_t kOffset = (1u << (kCodeShift - 17)) - (kSquare ? kSquareZero : kSignedZero);
   const uint32_t bits = bit_cast<uint32_t>(x * inverse);
-  int32_t code = int32_t((bits & 0x7fffffffu) + random - kSignedZero) >> kCodeShift;
-  code = code < 0 ? 0 : code;
-  code = code > 127 ? 127 : code;
-  return uint8_t(uint32_t(code) | bits >> 31 << 7);
-}
-
-FUSEDOPT_HD inline uint8_t encode_square(float x, float inverse, uint32_t random) {
-  const uint32_t bits = bit_cast<uint32_t>(x * inverse) & 0x7fffffffu;
-  int32_t code = int32_t(bits + random - kSquareZero) >> kCodeShift;
-  const int32_t least = x == 0 ? 0 : 1;
+  const uint32_t fraction = uint32_t(random) << (kCodeShift - 16);
+  int32_t code = int32_t((bits & 0x7fffffffu) + fraction + kOffset) >> kCodeShift;
+  const int32_t least = kSquare && x != 0 ? 1 : 0;
   code = code < least ? least : code;
-  return uint8_t(code > 255 ? 255 : code);
+  code = code > kHighest ? kHighest : code;
+  return uint8_t(uint32_t(code) | (kSquare ? 0 : bits >> 31 << 7));
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

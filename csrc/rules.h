@@ -66,6 +66,7 @@ constexpr Family kAdamFamily = {
 template <class T, bool kAmsgrad>
 struct Adam {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr bool is_square(int k) { return kAdamFamily.states[k].square; }
 
   L2Penalty<T> penalty;
   T keep, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
@@ -107,6 +108,7 @@ constexpr Family kSgdFamily = {
 template <class T, bool kMomentum>
 struct Sgd {
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr bool is_square(int k) { return kSgdFamily.states[k].square; }
 
   L2Penalty<T> penalty;
   T lr, momentum, gain, lookahead;
@@ -145,6 +147,9 @@ template <class T, bool kMomentum, bool kCentered>
 struct Rmsprop {
   static constexpr int kStates = 1 + kMomentum + kCentered;
   static constexpr int kGradAvg = 1 + kMomentum;
+  static constexpr bool is_square(int k) {
+    return kRmspropFamily.states[k != 0 && !kMomentum ? k + 1 : k].square;
+  }
 
   L2Penalty<T> penalty;
   T lr, alpha, one_minus_alpha, eps, momentum;
@@ -183,6 +188,7 @@ constexpr Family kAdagradFamily = {
 template <class T>
 struct Adagrad {
   static constexpr int kStates = 1;
+  static constexpr bool is_square(int k) { return kAdagradFamily.states[k].square; }
 
   L2Penalty<T> penalty;
   T lr, eps;
@@ -204,6 +210,7 @@ struct Adagrad {
 template <class T, int kN>
 struct Stream {
   static constexpr int kStates = kN;
+  static constexpr bool is_square(int) { return false; }
 
   FUSEDOPT_HD Stream(const double*, double, bool) {}
 

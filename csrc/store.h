@@ -87,26 +87,24 @@ FUSEDOPT_HD inline int16_t split_kahan(float whole) {
 }
 
 // "stochastic": no hidden part, but rounding up with a probability equal to the fraction, which
-// makes the mean right (Gupta et al. 2015). Returns a float that P holds exactly, unless it is
-// beyond P's range.
-FUSEDOPT_HD inline float round_randomly(float x, uint32_t random, BFloat16) {
+// makes the mean right (Gupta et al. 2015).
+FUSEDOPT_HD inline BFloat16 round_randomly(float x, uint16_t random, BFloat16) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const float up = bit_cast<float>((bits + (random >> 16)) & 0xffff0000u);
-  return x == x ? up : x;
+  return {uint16_t((x == x ? bits + random : bits | 0x400000u) >> 16)};
 }
 
-FUSEDOPT_HD inline float round_randomly(float x, uint32_t random, Float16) {
+FUSEDOPT_HD inline Float16 round_randomly(float x, uint16_t random, Float16 to) {
   const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
   const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
   // From 2^-14 on, the lower 13 bits are what a half has no room for. (inf and nan keep theirs.)
-  const uint32_t normal = (magnitude + (random >> 19)) & ~0x1fffu;
+  const uint32_t normal = (magnitude + (random >> 3)) & ~0x1fffu;
   // Below, halves are the multiples of 2^-24.
   const uint32_t bounded = magnitude < (113u << 23) ? magnitude : (113u << 23);
   const float multiple =
-      bit_cast<float>(bounded) * 0x1p24f + float(int32_t(random >> 19)) * 0x1p-13f;
+      bit_cast<float>(bounded) * 0x1p24f + float(int32_t(random >> 3)) * 0x1p-13f;
   const uint32_t subnormal = bit_cast<uint32_t>(float(int32_t(multiple)) * 0x1p-24f);
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  return bit_cast<float>(sign | (magnitude < 0x7f800000u ? finite : magnitude));
+  return narrow(bit_cast<float>(sign | (magnitude < 0x7f800000u ? finite : magnitude)), to);
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -46,10 +46,18 @@ struct TileStages {
   FUSEDOPT_HD bool limits() const { return limit >= 0; }
 };
 
-template <class T>
-FUSEDOPT_HD inline void add(const T* a, const T* b, T* out, int64_t n) {
+template <class T, class Stored>
+FUSEDOPT_HD inline void add(const T* sum, const Stored* g, T* out, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
+  for (int64_t i = 0; i < n; ++i) out[i] = sum[i] + load<T>(g[i]);
+}
+
+// Adds micro-batches up. The first is written over whatever the memory held.
+template <class T, class Stored>
+FUSEDOPT_HD inline void accumulate(const Stored* g, bool adds, T* sum, int64_t n) {
+  if (adds) return add(sum, g, sum, n);
+  FUSEDOPT_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) sum[i] = load<T>(g[i]);
 }
 
 // Unscales and clips by value; what is left to do is the factor.
@@ -61,27 +69,90 @@ FUSEDOPT_HD inline void limit_gradients(const T* g, const TileStages<T>& stages,
   for (int64_t i = 0; i < n; ++i) out[i] = clamp(g[i] * multiplier, limit);
 }
 
+// Where the rule's loop finds the states and leaves them: as they are, ...
+template <class T>
+struct States {
+  T* data[kMaxStates];
+
+  template <int k>
+  FUSEDOPT_HD T load(int64_t i) const {
+    return data[k][i];
+  }
+  template <int k>
+  FUSEDOPT_HD void store(int64_t i, T x) const {
+    data[k][i] = x;
+  }
+};
+
+// ... in bfloat16, rounded to nearest or at random, ...
+template <bool kRandom>
+struct HalfStates {
+  BFloat16* data[kMaxStates];
+  const uint16_t* random;
+
+  template <int k>
+  FUSEDOPT_HD float load(int64_t i) const {
+    return widen(data[k][i]);
+  }
+  template <int k>
+  FUSEDOPT_HD void store(int64_t i, float x) const {
+    if constexpr (kRandom) {
+      data[k][i] = round_randomly(x, again(random[i], k), BFloat16{});
+    } else {
+      data[k][i] = narrow(x, BFloat16{});
+    }
+  }
+};
+
+// ... or in 8 bits, of one block. What is left to do with the new values is to encode them.
+template <class Rule>
+struct CodedStates {
+  const uint8_t* codes[kMaxStates];
+  float scale[kMaxStates];
+  float* decoded[kMaxStates];
+
+  template <int k>
+  FUSEDOPT_HD float load(int64_t i) const {
+    return decode<Rule::is_square(k)>(codes[k][i], scale[k]);
+  }
+  template <int k>
+  FUSEDOPT_HD void store(int64_t i, float x) const {
+    decoded[k][i] = x;
+  }
+};
+
+// The exponential moving average of the weights.
+template <class T>
+struct Average {
+  T* ema;
+  T weight;  // of the new one
+
+  FUSEDOPT_HD void operator()(int64_t i, T p) const { ema[i] = interpolate(ema[i], p, weight); }
+};
+
+struct NoAverage {
+  template <class T>
+  FUSEDOPT_HD void operator()(int64_t, T) const {}
+};
+
 // Applies the rule to n elements in place, on gradients times multiplier times factor. (One may
-// be finite where their product is not.) `s` holds the states' arrays.
-template <class Rule, class T>
+// be finite where their product is not.)
+template <class Rule, class T, class RuleStates, class RuleAverage>
 FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T multiplier, T factor,
-                                   T* const* s, int64_t n) {
-  // One name per array, so that the loop below is free of double indirections.
-  T* const s0 = Rule::kStates > 0 ? s[0] : nullptr;
-  T* const s1 = Rule::kStates > 1 ? s[1] : nullptr;
-  T* const s2 = Rule::kStates > 2 ? s[2] : nullptr;
+                                   const RuleStates s, const RuleAverage average, int64_t n) {
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    T state[3] = {};
-    if constexpr (Rule::kStates > 0) state[0] = s0[i];
-    if constexpr (Rule::kStates > 1) state[1] = s1[i];
-    if constexpr (Rule::kStates > 2) state[2] = s2[i];
+    T state[kMaxStates] = {};
+    if constexpr (Rule::kStates > 0) state[0] = s.template load<0>(i);
+    if constexpr (Rule::kStates > 1) state[1] = s.template load<1>(i);
+    if constexpr (Rule::kStates > 2) state[2] = s.template load<2>(i);
     T weight = p[i];
     rule(weight, g[i] * multiplier * factor, state);
     p[i] = weight;
-    if constexpr (Rule::kStates > 0) s0[i] = state[0];
-    if constexpr (Rule::kStates > 1) s1[i] = state[1];
-    if constexpr (Rule::kStates > 2) s2[i] = state[2];
+    if constexpr (Rule::kStates > 0) s.template store<0>(i, state[0]);
+    if constexpr (Rule::kStates > 1) s.template store<1>(i, state[1]);
+    if constexpr (Rule::kStates > 2) s.template store<2>(i, state[2]);
+    average(i, weight);
   }
 }
 
@@ -94,18 +165,23 @@ FUSEDOPT_HD inline void shrink(T* p, T threshold, int64_t n) {
 }
 
 template <class T>
-FUSEDOPT_HD inline void average(T* ema, const T* p, T weight, int64_t n) {
+FUSEDOPT_HD inline void update_average(const Average<T> average, const T* p, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) ema[i] = interpolate(ema[i], p[i], weight);
+  for (int64_t i = 0; i < n; ++i) average(i, p[i]);
 }
 
 // What the random bits of a step are for.
 constexpr uint32_t kWeightStream = 0;
 constexpr uint32_t kStateStream = 1;
 
-FUSEDOPT_HD inline void draw(RandomKey key, uint32_t index, uint32_t* out, int64_t n) {
+// For kN elements, of which the first two are the pair `index`. (The halves of a word lie in memory
+// lower one first.)
+template <int64_t kN>
+FUSEDOPT_HD inline void draw(RandomKey key, uint32_t index, uint16_t (&out)[kN]) {
+  uint32_t words[kN / 2];
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) out[i] = random_bits(key, index + uint32_t(i));
+  for (int64_t i = 0; i < kN / 2; ++i) words[i] = random_bits(key, index + uint32_t(i));
+  __builtin_memcpy(out, words, sizeof(out));
 }
 
 // From parameter and hidden part to the full weight, and back.
@@ -142,20 +218,12 @@ FUSEDOPT_HD inline void split_kahans(const float* p, int16_t* lost, int64_t n) {
   for (int64_t i = 0; i < n; ++i) lost[i] = split_kahan<P>(p[i]);
 }
 
-template <class P>
-FUSEDOPT_HD inline void round_all_randomly(float* p, const uint32_t* random, int64_t n) {
+// The k-th that is rounded with these random bits.
+template <class P, class T>
+FUSEDOPT_HD inline void round_all_randomly(const T* x, const uint16_t* random, int k, P* out,
+                                           int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) p[i] = round_randomly(p[i], random[i], P{});
-}
-
-// State in bfloat16.
-template <class T>
-FUSEDOPT_HD inline void round_state_randomly(T* x, const uint32_t* random, int shift, int64_t n) {
-  FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = random[i] >> shift << (32 - kCodeShift);
-    x[i] = round_randomly(float(x[i]), bits, BFloat16{});
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = round_randomly(float(x[i]), again(random[i], k), P{});
 }
 
 // 8-bit state: n elements of one block.
@@ -170,24 +238,18 @@ FUSEDOPT_HD inline uint32_t largest_magnitude(const T* x, int64_t n) {
 }
 
 template <bool kSquare, class T>
-FUSEDOPT_HD inline void decode(const uint8_t* codes, float scale, T* out, int64_t n) {
+FUSEDOPT_HD inline void decode_block(const uint8_t* codes, float scale, T* out, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = kSquare ? decode_square(codes[i], scale) : decode_signed(codes[i], scale);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = decode<kSquare>(codes[i], scale);
 }
 
-// `shift` picks the bits of `random` that this state uses.
+// The k-th that is rounded with these random bits.
 template <bool kSquare, class T>
-FUSEDOPT_HD inline void encode(const T* x, float inverse, const uint32_t* random, int shift,
-                               uint8_t* codes, int64_t n) {
-  constexpr uint32_t kMask = (1u << kCodeShift) - 1;
+FUSEDOPT_HD inline void encode_block(const T* x, float inverse, const uint16_t* random, int k,
+                                     uint8_t* codes, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = random[i] >> shift & kMask;
-    codes[i] = kSquare ? encode_square(float(x[i]), inverse, bits)
-                       : encode_signed(float(x[i]), inverse, bits);
-  }
+  for (int64_t i = 0; i < n; ++i)
+    codes[i] = encode<kSquare>(float(x[i]), inverse, again(random[i], k));
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

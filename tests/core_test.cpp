@@ -473,6 +473,7 @@ int main() {
   test_remainder_is_master();
   test_overwritten_weights();
   test_random_bits();
+  test_bits_again();
   test_random_rounding();
   test_stochastic_weights();
   test_codes();
