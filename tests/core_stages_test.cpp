@@ -826,8 +826,8 @@ void test_random_rounding_to(DType dtype, uint32_t code_of_inf) {
       const float size = std::fabs(y);
       const bool up = size != float(lower);
       const float upper = code == code_of_inf - 1 ? kInf : float(lower + unit);
-      check((!up || size == upper) && std::signbit(y) == std::signbit(x), "a neighbour",
-            int(dtype), i);
+      check((!up || size == upper) && std::signbit(y) == std::signbit(x), "a neighbour", int(dtype),
+            i);
       ups += up;
     }
     // (Subnormal halves are rounded by 13 random bits.)
