@@ -244,7 +244,7 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
       alignas(64) float master_buffer[kTile];
       float* master = open_tile(hidden, begin, n, master_buffer);
       with_half(task.param.dtype,
-                  [&](auto format) { join_masters<decltype(format)>(p, master, n); });
+                [&](auto format) { join_masters<decltype(format)>(p, master, n); });
       if (in_place<float>(hidden)) return master;
       __builtin_memcpy(p, master, n * sizeof(float));
       break;
@@ -257,16 +257,14 @@ inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* bu
     case WeightPrecision::kKahan: {
       alignas(64) int16_t hidden_buffer[kTile];
       const int16_t* lost = open_hidden(hidden, begin, n, hidden_buffer);
-      with_half(task.param.dtype,
-                  [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
+      with_half(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
       break;
     }
   }
   return p;
 }
 
-inline void draw_tile(const Task& task, uint32_t stream, int64_t begin,
-                      uint16_t (&random)[kTile]) {
+inline void draw_tile(const Task& task, uint32_t stream, int64_t begin, uint16_t (&random)[kTile]) {
   const uint64_t pair = uint64_t(begin) / 2;
   draw(random_key(task.extras->seed, uint64_t(task.step), stream, uint32_t(pair >> 32)),
        uint32_t(pair), random);
@@ -300,9 +298,8 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
       alignas(64) uint16_t random[kTile];
       draw_tile(task, kWeightStream, begin, random);
       return with_half(task.param.dtype, [&](auto format) {
-        write_tile<decltype(format)>(task.param, begin, n, [&](auto* to) {
-          round_all_randomly(p, random, 0, to, n);
-        });
+        write_tile<decltype(format)>(task.param, begin, n,
+                                     [&](auto* to) { round_all_randomly(p, random, 0, to, n); });
       });
     }
   }
@@ -312,8 +309,8 @@ inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) 
 // True when the rule's loop can run over the tensors themselves, and nothing but it is to be done.
 template <class Rule, class T>
 inline bool is_direct(const Task& task, const TileStages<T>& stages) {
-  bool direct = !stages.limits() && stages.shrink == 0 && in_place<T>(task.param) &&
-                in_place<T>(task.grad);
+  bool direct =
+      !stages.limits() && stages.shrink == 0 && in_place<T>(task.param) && in_place<T>(task.grad);
   if (task.extras != nullptr) {
     direct = direct && !task.extras->accumulated &&
              (task.extras->ema.data == nullptr || in_place<T>(task.extras->ema));

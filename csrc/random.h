@@ -38,9 +38,9 @@ FUSEDOPT_HD inline uint32_t random_bits(RandomKey key, uint32_t index) {
   return x ^ (x >> 16);
 }
 
-// The k-th use of an element's bits, when it rounds several things in one step: times an odd number,
-// which permutes all 65,536 values. With these numbers the pairs of any two uses fill the square
-// evenly (0x9e37 / 2^16 is next to the golden ratio).
+// The k-th use of an element's bits, when it rounds several things in one step: times an odd
+// number, which permutes all 65,536 values. With these numbers the pairs of any two uses fill the
+// square evenly (0x9e37 / 2^16 is next to the golden ratio).
 FUSEDOPT_HD inline uint16_t again(uint16_t random, int k) {
   const uint32_t factor = k == 0 ? 1 : k == 1 ? 0x9e37 : 0xd2b5;
   return uint16_t(random * factor);
