@@ -6,14 +6,9 @@
 #include "norm.h"
 #include "plan.h"
 #include "select.h"
-#include "store.h"
-#include "update.h"
+#include "tile.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
-
-// Elements of a tile: all its buffers fit the first-level cache beside the streams. A tile begins
-// at a multiple of its size, as threads' parts do; so it is a block of 8-bit state, too.
-constexpr int64_t kTile = kBlock;
 
 inline int64_t tile_end(int64_t at, int64_t end) {
   const int64_t next = at / kTile * kTile + kTile;
@@ -49,273 +44,121 @@ inline void for_each_run(const Layout& layout, int64_t begin, int64_t n, F&& f) 
   }
 }
 
-template <class T, class Stored>
-inline void load_tile(const Stored* from, const Layout* layout, int64_t begin, int64_t n, T* out) {
-  if (layout == nullptr) {
-    from += begin;
-    FUSEDOPT_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = load<T>(from[i]);
-    return;
+// A tile, or what of it a thread has: elements [begin, begin + n) of a parameter.
+class Span {
+ public:
+  static constexpr int64_t kElements = kTile;
+
+  Span(int64_t begin, int64_t n) : begin_(begin), n_(n) {}
+
+  int64_t length() const { return n_; }
+
+  template <class T>
+  bool in_place(const Operand& operand) const {
+    return is_plain<T>(operand);
   }
-  const int64_t stride = layout->stride[layout->ndim - 1];
-  for_each_run(*layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) out[i] = load<T>(from[offset + i * stride]);
-    out += run;
-  });
-}
 
-template <class T, class Stored>
-inline void store_tile(const T* from, const Layout* layout, int64_t begin, int64_t n, Stored* to) {
-  if (layout == nullptr) {
-    to += begin;
-    FUSEDOPT_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) store(from[i], to[i]);
-    return;
-  }
-  const int64_t stride = layout->stride[layout->ndim - 1];
-  for_each_run(*layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) store(from[i], to[offset + i * stride]);
-    from += run;
-  });
-}
-
-template <class T>
-constexpr DType kArithmetic = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-
-// True when the operand can be worked on where it lies.
-template <class T>
-inline bool in_place(const Operand& operand) {
-  return operand.dtype == kArithmetic<T> && operand.layout == nullptr;
-}
-
-// Calls f(Stored{}) with the operand's storage format, one of the four floating-point ones.
-template <class F>
-inline void with_format(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-    case DType::kInt16:
-    case DType::kInt64:
-    case DType::kUInt8: return;
-  }
-}
-
-// A pointer to elements [begin, begin + n) as T: into the tensor itself, or to a copy in `buffer`.
-template <class T>
-inline T* open_tile(const Operand& operand, int64_t begin, int64_t n, T* buffer) {
-  if (in_place<T>(operand)) return static_cast<T*>(operand.data) + begin;
-  with_format(operand.dtype, [&](auto format) {
-    load_tile(static_cast<const decltype(format)*>(operand.data), operand.layout, begin, n, buffer);
-  });
-  return buffer;
-}
-
-// Writes a tile back, unless it was worked on in place.
-template <class T>
-inline void close_tile(const Operand& operand, int64_t begin, int64_t n, const T* tile) {
-  if (in_place<T>(operand)) return;
-  with_format(operand.dtype, [&](auto format) {
-    store_tile(tile, operand.layout, begin, n, static_cast<decltype(format)*>(operand.data));
-  });
-}
-
-// Gradient and what was accumulated before, added up.
-template <class T>
-inline const T* open_gradients(const Task& task, int64_t begin, int64_t n, T* buffer) {
-  const bool accumulated = task.extras != nullptr && task.extras->accumulated;
-  if (!accumulated) return open_tile(task.grad, begin, n, buffer);
-  if (task.grad.data == nullptr) return open_tile(task.extras->grad_sum, begin, n, buffer);
-  alignas(64) T sum_buffer[kTile];
-  const T* const sum = open_tile(task.extras->grad_sum, begin, n, sum_buffer);
-  if (task.grad.layout == nullptr) {
-    with_format(task.grad.dtype, [&](auto format) {
-      add(sum, static_cast<const decltype(format)*>(task.grad.data) + begin, buffer, n);
+  template <class T>
+  T* open(const Operand& operand, T* buffer) const {
+    if (is_plain<T>(operand)) return static_cast<T*>(operand.data) + begin_;
+    with_format(operand.dtype, [&](auto format) {
+      for_elements<decltype(format)>(
+          operand, [&](const auto* from, int64_t stride, int64_t at, int64_t run) {
+            T* const out = buffer + at;
+            if (stride == 1) {
+              FUSEDOPT_VECTORIZE
+              for (int64_t i = 0; i < run; ++i) out[i] = load<T>(from[i]);
+            } else {
+              for (int64_t i = 0; i < run; ++i) out[i] = load<T>(from[i * stride]);
+            }
+          });
     });
-  } else {
-    add(sum, open_tile(task.grad, begin, n, buffer), buffer, n);
+    return buffer;
   }
-  return buffer;
-}
 
-// Calls fill(to) with where to write a tile.
-template <class Stored, class F>
-inline void write_tile(const Operand& operand, int64_t begin, int64_t n, F&& fill) {
-  Stored* data = static_cast<Stored*>(operand.data);
-  if (operand.layout == nullptr) return fill(data + begin);
-  alignas(64) Stored buffer[kTile];
-  fill(buffer);
-  const Stored* from = buffer;
-  const int64_t stride = operand.layout->stride[operand.layout->ndim - 1];
-  for_each_run(*operand.layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) data[offset + i * stride] = *from++;
-  });
-}
-
-// States in 8 bits are dense, and a tile is one of their blocks.
-inline uint8_t* codes_of(const Task& task, int k, int64_t begin) {
-  return static_cast<uint8_t*>(task.state[k].data) + begin;
-}
-
-inline float& scale_of(const Task& task, int k, int64_t begin) {
-  return task.extras->scale[k][begin / kBlock];
-}
-
-template <class T>
-inline void rescale_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile) {
-  scale_of(task, k, begin) = block_scale(largest_magnitude(tile, n));
-}
-
-template <class T>
-inline void encode_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
-                         const uint16_t* random) {
-  const float inverse = inverse_scale(scale_of(task, k, begin));
-  uint8_t* const codes = codes_of(task, k, begin);
-  if (task.extras->square[k]) {
-    encode_block<true>(tile, inverse, random, k, codes, n);
-  } else {
-    encode_block<false>(tile, inverse, random, k, codes, n);
+  // Nothing to do when the tile was worked on in place.
+  template <class T>
+  void close(const Operand& operand, const T* tile) const {
+    if (is_plain<T>(operand)) return;
+    with_format(operand.dtype, [&](auto format) {
+      for_elements<decltype(format)>(operand,
+                                     [&](auto* to, int64_t stride, int64_t at, int64_t run) {
+                                       const T* const from = tile + at;
+                                       if (stride == 1) {
+                                         FUSEDOPT_VECTORIZE
+                                         for (int64_t i = 0; i < run; ++i) store(from[i], to[i]);
+                                       } else {
+                                         for (int64_t i = 0; i < run; ++i)
+                                           store(from[i], to[i * stride]);
+                                       }
+                                     });
+    });
   }
-}
 
-template <class T>
-inline T* open_state(const Task& task, int k, int64_t begin, int64_t n, T* buffer) {
-  if (task.state[k].dtype != DType::kUInt8) return open_tile(task.state[k], begin, n, buffer);
-  const uint8_t* const codes = codes_of(task, k, begin);
-  const float scale = scale_of(task, k, begin);
-  if (task.extras->square[k]) {
-    decode_block<true>(codes, scale, buffer, n);
-  } else {
-    decode_block<false>(codes, scale, buffer, n);
+  // Calls f(elements) with a floating-point operand as it is stored, or as T.
+  template <class T, class F>
+  void with_elements(const Operand& operand, T* buffer, F&& f) const {
+    if (operand.layout != nullptr) return f(open(operand, buffer));
+    with_format(operand.dtype, [&](auto format) {
+      f(static_cast<const decltype(format)*>(operand.data) + begin_);
+    });
   }
-  return buffer;
-}
 
-// `random`: null when states of 16 bits are rounded to nearest.
-template <class T>
-inline void close_state(const Task& task, int k, int64_t begin, int64_t n, const T* tile,
-                        const uint16_t* random) {
-  const Operand& state = task.state[k];
-  if (state.dtype == DType::kUInt8) {
-    rescale_state(task, k, begin, n, tile);
-    return encode_state(task, k, begin, n, tile, random);
+  template <class Stored>
+  const Stored* read(const Operand& operand, Stored* buffer) const {
+    const Stored* const data = static_cast<const Stored*>(operand.data);
+    if (operand.layout == nullptr) return data + begin_;
+    for_elements<Stored>(operand, [&](const Stored* from, int64_t stride, int64_t at, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) buffer[at + i] = from[i * stride];
+    });
+    return buffer;
   }
-  if (state.dtype != DType::kBFloat16 || random == nullptr) {
-    return close_tile(state, begin, n, tile);
+
+  template <class Stored, class F>
+  void write(const Operand& operand, F&& fill) const {
+    if (operand.layout == nullptr) return fill(static_cast<Stored*>(operand.data) + begin_);
+    alignas(64) Stored buffer[kElements];
+    fill(buffer);
+    for_elements<Stored>(operand, [&](Stored* to, int64_t stride, int64_t at, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) to[i * stride] = buffer[at + i];
+    });
   }
-  write_tile<BFloat16>(state, begin, n,
-                       [&](BFloat16* to) { round_all_randomly(tile, random, k, to, n); });
-}
 
-// Calls f(P{}) with the 16-bit format.
-template <class F>
-inline void with_half(DType dtype, F&& f) {
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
-}
+  float* scale(float* scales) const { return scales + begin_ / kBlock; }
 
-// Hidden parts of 16 bits.
-inline const int16_t* open_hidden(const Operand& hidden, int64_t begin, int64_t n,
-                                  int16_t* buffer) {
-  const int16_t* data = static_cast<const int16_t*>(hidden.data);
-  if (hidden.layout == nullptr) return data + begin;
-  const int64_t stride = hidden.layout->stride[hidden.layout->ndim - 1];
-  int16_t* out = buffer;
-  for_each_run(*hidden.layout, begin, n, [&](int64_t offset, int64_t run) {
-    for (int64_t i = 0; i < run; ++i) *out++ = data[offset + i * stride];
-  });
-  return buffer;
-}
-
-// The weights of a tile in full precision, in `buffer` or in the tensor they live in.
-inline double* open_weights(const Task& task, int64_t begin, int64_t n, double* buffer) {
-  return open_tile(task.param, begin, n, buffer);
-}
-
-inline float* open_weights(const Task& task, int64_t begin, int64_t n, float* buffer) {
-  float* p = open_tile(task.param, begin, n, buffer);
-  if (task.extras == nullptr) return p;
-  const Operand& hidden = task.extras->hidden;
-  switch (task.extras->precision) {
-    case WeightPrecision::kNearest:
-    case WeightPrecision::kStochastic: break;
-    case WeightPrecision::kMaster: {
-      alignas(64) float master_buffer[kTile];
-      float* master = open_tile(hidden, begin, n, master_buffer);
-      with_half(task.param.dtype,
-                [&](auto format) { join_masters<decltype(format)>(p, master, n); });
-      if (in_place<float>(hidden)) return master;
-      __builtin_memcpy(p, master, n * sizeof(float));
-      break;
-    }
-    case WeightPrecision::kRemainder: {
-      alignas(64) int16_t hidden_buffer[kTile];
-      join_remainders(p, open_hidden(hidden, begin, n, hidden_buffer), n);
-      break;
-    }
-    case WeightPrecision::kKahan: {
-      alignas(64) int16_t hidden_buffer[kTile];
-      const int16_t* lost = open_hidden(hidden, begin, n, hidden_buffer);
-      with_half(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
-      break;
-    }
+  void draw(uint64_t seed, uint64_t step, uint32_t stream, uint16_t (&random)[kElements]) const {
+    const uint64_t pair = uint64_t(begin_) / 2;
+    draw_bits(random_key(seed, step, stream, uint32_t(pair >> 32)), uint32_t(pair), random);
   }
-  return p;
-}
 
-inline void draw_tile(const Task& task, uint32_t stream, int64_t begin, uint16_t (&random)[kTile]) {
-  const uint64_t pair = uint64_t(begin) / 2;
-  draw(random_key(task.extras->seed, uint64_t(task.step), stream, uint32_t(pair >> 32)),
-       uint32_t(pair), random);
-}
-
-inline void close_weights(const Task& task, int64_t begin, int64_t n, double* p) {
-  close_tile(task.param, begin, n, p);
-}
-
-inline void close_weights(const Task& task, int64_t begin, int64_t n, float* p) {
-  const WeightPrecision precision =
-      task.extras == nullptr ? WeightPrecision::kNearest : task.extras->precision;
-  switch (precision) {
-    case WeightPrecision::kNearest: break;
-    case WeightPrecision::kMaster:
-      if (task.param.dtype == DType::kBFloat16) move_off_upper_ties(p, n);
-      close_tile(task.extras->hidden, begin, n, p);
-      break;
-    case WeightPrecision::kRemainder:
-      move_off_upper_ties(p, n);
-      write_tile<int16_t>(task.extras->hidden, begin, n,
-                          [&](int16_t* to) { split_remainders(p, to, n); });
-      break;
-    case WeightPrecision::kKahan:
-      with_half(task.param.dtype, [&](auto format) {
-        write_tile<int16_t>(task.extras->hidden, begin, n,
-                            [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
-      });
-      break;
-    case WeightPrecision::kStochastic: {
-      alignas(64) uint16_t random[kTile];
-      draw_tile(task, kWeightStream, begin, random);
-      return with_half(task.param.dtype, [&](auto format) {
-        write_tile<decltype(format)>(task.param, begin, n,
-                                     [&](auto* to) { round_all_randomly(p, random, 0, to, n); });
-      });
-    }
+ private:
+  // Calls f(first, stride, at, length) for the runs of elements that lie at equal distances; `at`
+  // is where in the tile they belong.
+  template <class Stored, class F>
+  void for_elements(const Operand& operand, F&& f) const {
+    Stored* const data = static_cast<Stored*>(operand.data);
+    if (operand.layout == nullptr) return f(data + begin_, 1, 0, n_);
+    const int64_t stride = operand.layout->stride[operand.layout->ndim - 1];
+    int64_t at = 0;
+    for_each_run(*operand.layout, begin_, n_, [&](int64_t offset, int64_t run) {
+      f(data + offset, stride, at, run);
+      at += run;
+    });
   }
-  close_tile(task.param, begin, n, p);
-}
+
+  int64_t begin_, n_;
+};
 
 // True when the rule's loop can run over the tensors themselves, and nothing but it is to be done.
 template <class Rule, class T>
 inline bool is_direct(const Task& task, const TileStages<T>& stages) {
   bool direct =
-      !stages.limits() && stages.shrink == 0 && in_place<T>(task.param) && in_place<T>(task.grad);
+      !stages.limits() && stages.shrink == 0 && is_plain<T>(task.param) && is_plain<T>(task.grad);
   if (task.extras != nullptr) {
     direct = direct && !task.extras->accumulated &&
-             (task.extras->ema.data == nullptr || in_place<T>(task.extras->ema));
+             (task.extras->ema.data == nullptr || is_plain<T>(task.extras->ema));
   }
-  for (int k = 0; k < Rule::kStates; ++k) direct = direct && in_place<T>(task.state[k]);
+  for (int k = 0; k < Rule::kStates; ++k) direct = direct && is_plain<T>(task.state[k]);
   return direct;
 }
 
@@ -354,46 +197,66 @@ inline Access state_access(const Task& task) {
 }
 
 template <class Rule, bool kRandom>
-inline HalfStates<kRandom> half_states(const Task& task, int64_t begin, const uint16_t* random) {
+inline HalfStates<kRandom> half_states(const Span& span, const Task& task, const uint16_t* random) {
   HalfStates<kRandom> states = {{}, random};
   for (int k = 0; k < Rule::kStates; ++k) {
-    states.data[k] = static_cast<BFloat16*>(task.state[k].data) + begin;
+    span.write<BFloat16>(task.state[k], [&](BFloat16* data) { states.data[k] = data; });
   }
   return states;
 }
 
+// States in 8 bits: first all scales, then all codes, so that the one need not wait for the other.
+template <class T>
+inline void rescale_state(const Span& span, const Task& task, int k, const T* tile) {
+  *span.scale(task.extras->scale[k]) = block_scale(largest_magnitude(tile, span.length()));
+}
+
+template <class T>
+inline void recode_state(const Span& span, const Task& task, int k, const T* tile,
+                         const uint16_t* random) {
+  encode_state(span, task, k, *span.scale(task.extras->scale[k]), tile, random);
+}
+
 // The rule on a tile whose weights and gradients are open: reads, applies, and writes the states.
 template <class Rule, class T>
-inline void update_states(const Rule& rule, const Task& task, Access access, T* p, const T* g,
-                          T multiplier, T factor, int64_t begin, int64_t n, T (*buffer)[kTile],
-                          const uint16_t* random) {
+inline void update_states(const Rule& rule, const Span& span, const Task& task, Access access, T* p,
+                          const T* g, T multiplier, T factor, const uint16_t* random) {
   constexpr int kStates = Rule::kStates;
+  const int64_t n = span.length();
+  alignas(64) T buffer[kMaxStates][kTile];
   if constexpr (sizeof(T) == sizeof(float) && kStates > 0) {
     if (access == Access::kHalves) {
       return apply_rule(rule, p, g, multiplier, factor,
-                        half_states<Rule, false>(task, begin, random), NoAverage{}, n);
+                        half_states<Rule, false>(span, task, random), NoAverage{}, n);
     }
     if (access == Access::kRoundedHalves) {
-      return apply_rule(rule, p, g, multiplier, factor,
-                        half_states<Rule, true>(task, begin, random), NoAverage{}, n);
+      return apply_rule(rule, p, g, multiplier, factor, half_states<Rule, true>(span, task, random),
+                        NoAverage{}, n);
     }
     if (access == Access::kCodes) {
       CodedStates<Rule> states;
       for (int k = 0; k < kStates; ++k) {
-        states.codes[k] = codes_of(task, k, begin);
-        states.scale[k] = scale_of(task, k, begin);
+        states.codes[k] = span.read<uint8_t>(task.state[k], nullptr);
+        states.scale[k] = *span.scale(task.extras->scale[k]);
         states.decoded[k] = buffer[k];
       }
       apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, n);
-      for (int k = 0; k < kStates; ++k) rescale_state(task, k, begin, n, buffer[k]);
-      for (int k = 0; k < kStates; ++k) encode_state(task, k, begin, n, buffer[k], random);
+      for (int k = 0; k < kStates; ++k) rescale_state(span, task, k, buffer[k]);
+      for (int k = 0; k < kStates; ++k) recode_state(span, task, k, buffer[k], random);
       return;
     }
   }
   States<T> states = {};
-  for (int k = 0; k < kStates; ++k) states.data[k] = open_state(task, k, begin, n, buffer[k]);
+  for (int k = 0; k < kStates; ++k) states.data[k] = open_state(span, task, k, buffer[k]);
   apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, n);
-  for (int k = 0; k < kStates; ++k) close_state(task, k, begin, n, states.data[k], random);
+  for (int k = 0; k < kStates; ++k) {
+    if (task.state[k].dtype == DType::kUInt8) {
+      rescale_state(span, task, k, states.data[k]);
+      recode_state(span, task, k, states.data[k], random);
+    } else {
+      close_state(span, task.state[k], k, states.data[k], random);
+    }
+  }
 }
 
 template <class Rule, class T>
@@ -402,33 +265,19 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
   if (is_direct<Rule>(task, stages)) {
     return update_directly(rule, task, stages, begin, end - begin);
   }
-  const Extras* extras = task.extras;
   const Access access = state_access<Rule, T>(task);
-  bool draws = extras != nullptr && extras->random_state;
-  for (int k = 0; k < Rule::kStates; ++k) draws |= task.state[k].dtype == DType::kUInt8;
-  alignas(64) T buffer[2 + kMaxStates][kTile];
+  const bool draws = draws_for_states<Rule>(task);
+  alignas(64) T weights[kTile], gradients[kTile];
   alignas(64) uint16_t random[kTile];
   for (int64_t at = begin, next; at < end; at = next) {
     next = tile_end(at, end);
-    const int64_t n = next - at;
-    T* p = open_weights(task, at, n, buffer[0]);
-    const T* g = open_gradients(task, at, n, buffer[1]);
-    T multiplier = stages.multiplier;
-    if (stages.limits()) {
-      limit_gradients(g, stages, buffer[1], n);
-      g = buffer[1];
-      multiplier = 1;
-    }
-    if (draws) draw_tile(task, kStateStream, at, random);
-    update_states(rule, task, access, p, g, multiplier, stages.factor, at, n, buffer + 2,
-                  draws ? random : nullptr);
-    if (stages.shrink != 0) shrink(p, stages.shrink, n);
-    if (extras != nullptr && extras->ema.data != nullptr) {
-      T* ema = open_tile(extras->ema, at, n, buffer[1]);
-      update_average(Average<T>{ema, stages.ema_weight}, p, n);
-      close_tile(extras->ema, at, n, ema);
-    }
-    close_weights(task, at, n, p);
+    const Span span(at, next - at);
+    update_tile(span, task, task.grad, stages, weights, gradients,
+                [&](T* p, const T* g, T multiplier) {
+                  if (draws) span.draw(task.extras->seed, stages.step, kStateStream, random);
+                  update_states(rule, span, task, access, p, g, multiplier, stages.factor,
+                                draws ? random : nullptr);
+                });
   }
 }
 
@@ -548,7 +397,7 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
                                   int64_t end) {
   alignas(64) T buffer[kTile];
   const bool accumulated = task.extras != nullptr && task.extras->accumulated;
-  const bool direct = in_place<T>(task.grad) && !accumulated;
+  const bool direct = is_plain<T>(task.grad) && !accumulated;
   // In float, one sum answers both questions: a square that is nan or inf had such a gradient.
   // Squares of doubles overflow; so there the test is the largest magnitude.
   const bool sums = type == NormType::kTwo;
@@ -558,7 +407,7 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   auto bits = magnitude_bits(T(0));
   for (int64_t at = begin, next; at < end; at = next) {
     next = direct ? end : tile_end(at, end);
-    const T* g = open_gradients(task, at, next - at, buffer);
+    const T* g = open_gradients(Span(at, next - at), task.grad, task.extras, buffer);
     if (sums) add_squares(g, next - at, lanes);
     if (maximum) {
       const auto other = largest(g, next - at);
@@ -595,19 +444,14 @@ template <class T>
 inline void accumulate_elements(const Task& task, int64_t begin, int64_t end) {
   const Operand& to = task.extras->grad_sum;
   const bool adds = task.extras->accumulated;
-  if (in_place<T>(to) && task.grad.layout == nullptr) {
-    return with_format(task.grad.dtype, [&](auto format) {
-      const auto* const g = static_cast<const decltype(format)*>(task.grad.data) + begin;
-      accumulate(g, adds, static_cast<T*>(to.data) + begin, end - begin);
-    });
-  }
-  alignas(64) T buffer[2][kTile];
+  alignas(64) T sums[kTile], gradients[kTile];
   for (int64_t at = begin, next; at < end; at = next) {
-    next = tile_end(at, end);
-    const int64_t n = next - at;
-    T* sum = open_tile(to, at, n, buffer[0]);
-    accumulate(open_tile(task.grad, at, n, buffer[1]), adds, sum, n);
-    close_tile(to, at, n, sum);
+    next = is_plain<T>(to) && task.grad.layout == nullptr ? end : tile_end(at, end);
+    const Span span(at, next - at);
+    T* const sum = span.open(to, sums);
+    span.with_elements(task.grad, gradients,
+                       [&](const auto* g) { accumulate(g, adds, sum, span.length()); });
+    span.close(to, sum);
   }
 }
 
@@ -623,42 +467,44 @@ void accumulate_range(const Plan& plan, int64_t first_task, int64_t begin, int64
   }
 }
 
+// Calls f(first element, span) for all tiles of a task.
+template <class F>
+inline void for_each_tile(const Task& task, F&& f) {
+  for (int64_t at = 0; at < task.numel; at += kTile) f(at, Span(at, tile_end(at, task.numel) - at));
+}
+
 void join_weights(const Task& task, float* whole) {
   alignas(64) float buffer[kTile];
-  for (int64_t at = 0; at < task.numel; at += kTile) {
-    const int64_t n = tile_end(at, task.numel) - at;
-    __builtin_memcpy(whole + at, open_weights(task, at, n, buffer), n * sizeof(float));
-  }
+  for_each_tile(task, [&](int64_t at, const Span& span) {
+    __builtin_memcpy(whole + at, open_weights(span, task, buffer), span.length() * sizeof(float));
+  });
 }
 
 void split_weights(const Task& task, const float* whole) {
   alignas(64) float buffer[kTile];
-  for (int64_t at = 0; at < task.numel; at += kTile) {
-    const int64_t n = tile_end(at, task.numel) - at;
+  for_each_tile(task, [&](int64_t at, const Span& span) {
     // As in a step, master weights are worked on where they lie.
     const Operand& hidden = task.extras->hidden;
     const bool in_hidden =
-        task.extras->precision == WeightPrecision::kMaster && in_place<float>(hidden);
-    float* tile = in_hidden ? static_cast<float*>(hidden.data) + at : buffer;
-    __builtin_memcpy(tile, whole + at, n * sizeof(float));
-    close_weights(task, at, n, tile);
-  }
+        task.extras->precision == WeightPrecision::kMaster && is_plain<float>(hidden);
+    float* const tile = in_hidden ? static_cast<float*>(hidden.data) + at : buffer;
+    __builtin_memcpy(tile, whole + at, span.length() * sizeof(float));
+    close_weights(span, task, uint64_t(task.step), tile);
+  });
 }
 
 void decode_states(const Task& task, float* values) {
-  for (int64_t at = 0; at < task.numel; at += kTile) {
-    open_state(task, 0, at, tile_end(at, task.numel) - at, values + at);
-  }
+  for_each_tile(task,
+                [&](int64_t at, const Span& span) { open_state(span, task, 0, values + at); });
 }
 
 void encode_states(const Task& task, const float* values) {
   alignas(64) uint16_t nearest[kTile];
   for (uint16_t& bits : nearest) bits = kNearest;
-  for (int64_t at = 0; at < task.numel; at += kTile) {
-    const int64_t n = tile_end(at, task.numel) - at;
-    rescale_state(task, 0, at, n, values + at);
-    encode_state(task, 0, at, n, values + at, nearest);
-  }
+  for_each_tile(task, [&](int64_t at, const Span& span) {
+    rescale_state(span, task, 0, values + at);
+    recode_state(span, task, 0, values + at, nearest);
+  });
 }
 
 const Kernels kKernels = {update_range,  measure_range, accumulate_range, join_weights,

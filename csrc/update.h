@@ -30,12 +30,14 @@ struct TileStages {
   T multiplier, limit, factor;  // of the gradient
   T shrink;                     // proximal L1
   T ema_weight;                 // of the new weight in the average
+  uint64_t step;
 
   FUSEDOPT_HD TileStages(const Stages& stages, const Group& group, double step)
       : multiplier(T(stages.grad_multiplier)),
         limit(T(stages.max_grad_value)),
         factor(T(stages.clip_coefficient * group.sign)),
-        shrink(T(group.l1 * group.hyper[0])) {
+        shrink(T(group.l1 * group.hyper[0])),
+        step(uint64_t(step)) {
     // The warm-up of TensorFlow's ExponentialMovingAverage.
     const double warm = (1 + step) / (10 + step);
     const double decay = stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;
@@ -177,7 +179,7 @@ constexpr uint32_t kStateStream = 1;
 // For kN elements, of which the first two are the pair `index`. (The halves of a word lie in memory
 // lower one first.)
 template <int64_t kN>
-FUSEDOPT_HD inline void draw(RandomKey key, uint32_t index, uint16_t (&out)[kN]) {
+FUSEDOPT_HD inline void draw_bits(RandomKey key, uint32_t index, uint16_t (&out)[kN]) {
   uint32_t words[kN / 2];
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < kN / 2; ++i) words[i] = random_bits(key, index + uint32_t(i));

@@ -1,0 +1,217 @@
+// What a step does to one tile of one parameter, whatever the processor.
+//
+// A tile is kTile consecutive elements. An engine's `Memory` is the part of a tile that one thread
+// has, and how it gets at it: on a CPU all of it, a pointer into the tensor where that will do; on
+// a GPU the handful of elements that one thread keeps in registers.
+//
+//     kElements                   room for a part: the length of buffers
+//     length()                    the elements in it
+//     open(operand, buffer)       the part as T, in `buffer` or where it lies
+//     close(operand, tile)        writes it back
+//     read<Stored>(operand, buffer), write<Stored>(operand, fill)
+//                                 the same without conversion; fill(to) is told where to write
+//     scale(scales)               the tile's own among the scales of 8-bit state
+//     draw(seed, step, stream, random)
+#pragma once
+
+#include "plan.h"
+#include "store.h"
+#include "update.h"
+
+namespace fusedopt::FUSEDOPT_ISA {
+
+// A tile is a block of 8-bit state. On a CPU, its buffers fit the first-level cache beside the
+// streams.
+constexpr int64_t kTile = kBlock;
+
+template <class T>
+constexpr DType kArithmetic = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// True when the operand's elements are T's, one after another.
+template <class T>
+FUSEDOPT_HD inline bool is_plain(const Operand& operand) {
+  return operand.dtype == kArithmetic<T> && operand.layout == nullptr;
+}
+
+// Calls f(Stored{}) with the storage format, one of the four floating-point ones.
+template <class F>
+FUSEDOPT_HD inline void with_format(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+    case DType::kInt16:
+    case DType::kInt64:
+    case DType::kUInt8: return;
+  }
+}
+
+// Calls f(P{}) with the 16-bit format.
+template <class F>
+FUSEDOPT_HD inline void with_half(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  f(Float16{});
+}
+
+// Gradient and what was accumulated before, added up.
+template <class T, class Memory>
+FUSEDOPT_HD inline const T* open_gradients(const Memory& memory, const Operand& grad,
+                                           const Extras* extras, T* buffer) {
+  if (extras == nullptr || !extras->accumulated) return memory.open(grad, buffer);
+  if (grad.data == nullptr) return memory.open(extras->grad_sum, buffer);
+  alignas(64) T sum_buffer[Memory::kElements];
+  const T* const sum = memory.open(extras->grad_sum, sum_buffer);
+  memory.with_elements(grad, buffer, [&](const auto* g) { add(sum, g, buffer, memory.length()); });
+  return buffer;
+}
+
+// The weights in full precision.
+template <class Memory>
+FUSEDOPT_HD inline double* open_weights(const Memory& memory, const Task& task, double* buffer) {
+  return memory.open(task.param, buffer);
+}
+
+template <class Memory>
+FUSEDOPT_HD inline float* open_weights(const Memory& memory, const Task& task, float* buffer) {
+  float* const p = memory.open(task.param, buffer);
+  if (task.extras == nullptr) return p;
+  const Operand& hidden = task.extras->hidden;
+  const int64_t n = memory.length();
+  switch (task.extras->precision) {
+    case WeightPrecision::kNearest:
+    case WeightPrecision::kStochastic: break;
+    case WeightPrecision::kMaster: {
+      alignas(64) float master_buffer[Memory::kElements];
+      float* const master = memory.open(hidden, master_buffer);
+      with_half(task.param.dtype,
+                [&](auto format) { join_masters<decltype(format)>(p, master, n); });
+      if (memory.template in_place<float>(hidden)) return master;
+      for (int64_t i = 0; i < n; ++i) p[i] = master[i];
+      break;
+    }
+    case WeightPrecision::kRemainder: {
+      alignas(64) int16_t hidden_buffer[Memory::kElements];
+      join_remainders(p, memory.template read<int16_t>(hidden, hidden_buffer), n);
+      break;
+    }
+    case WeightPrecision::kKahan: {
+      alignas(64) int16_t hidden_buffer[Memory::kElements];
+      const int16_t* const lost = memory.template read<int16_t>(hidden, hidden_buffer);
+      with_half(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
+      break;
+    }
+  }
+  return p;
+}
+
+template <class Memory>
+FUSEDOPT_HD inline void close_weights(const Memory& memory, const Task& task, uint64_t, double* p) {
+  memory.close(task.param, p);
+}
+
+template <class Memory>
+FUSEDOPT_HD inline void close_weights(const Memory& memory, const Task& task, uint64_t step,
+                                      float* p) {
+  const Extras* const extras = task.extras;
+  const int64_t n = memory.length();
+  switch (extras == nullptr ? WeightPrecision::kNearest : extras->precision) {
+    case WeightPrecision::kNearest: break;
+    case WeightPrecision::kMaster:
+      if (task.param.dtype == DType::kBFloat16) move_off_upper_ties(p, n);
+      memory.close(extras->hidden, p);
+      break;
+    case WeightPrecision::kRemainder:
+      move_off_upper_ties(p, n);
+      memory.template write<int16_t>(extras->hidden,
+                                     [&](int16_t* to) { split_remainders(p, to, n); });
+      break;
+    case WeightPrecision::kKahan:
+      with_half(task.param.dtype, [&](auto format) {
+        memory.template write<int16_t>(
+            extras->hidden, [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
+      });
+      break;
+    case WeightPrecision::kStochastic: {
+      alignas(64) uint16_t random[Memory::kElements];
+      memory.draw(extras->seed, step, kWeightStream, random);
+      return with_half(task.param.dtype, [&](auto format) {
+        memory.template write<decltype(format)>(
+            task.param, [&](auto* to) { round_all_randomly(p, random, 0, to, n); });
+      });
+    }
+  }
+  memory.close(task.param, p);
+}
+
+template <class T, class Memory>
+FUSEDOPT_HD inline T* open_state(const Memory& memory, const Task& task, int k, T* buffer) {
+  const Operand& state = task.state[k];
+  if (state.dtype != DType::kUInt8) return memory.open(state, buffer);
+  alignas(64) uint8_t code_buffer[Memory::kElements];
+  const uint8_t* const codes = memory.template read<uint8_t>(state, code_buffer);
+  const float scale = *memory.scale(task.extras->scale[k]);
+  if (task.extras->square[k]) {
+    decode_block<true>(codes, scale, buffer, memory.length());
+  } else {
+    decode_block<false>(codes, scale, buffer, memory.length());
+  }
+  return buffer;
+}
+
+// Writes a state in 8 bits, given the scale.
+template <class T, class Memory>
+FUSEDOPT_HD inline void encode_state(const Memory& memory, const Task& task, int k, float scale,
+                                     const T* tile, const uint16_t* random) {
+  const float inverse = inverse_scale(scale);
+  memory.template write<uint8_t>(task.state[k], [&](uint8_t* codes) {
+    if (task.extras->square[k]) {
+      encode_block<true>(tile, inverse, random, k, codes, memory.length());
+    } else {
+      encode_block<false>(tile, inverse, random, k, codes, memory.length());
+    }
+  });
+}
+
+// Writes any other. `random`: null when states in bfloat16 are rounded to nearest.
+template <class T, class Memory>
+FUSEDOPT_HD inline void close_state(const Memory& memory, const Operand& state, int k,
+                                    const T* tile, const uint16_t* random) {
+  if (state.dtype != DType::kBFloat16 || random == nullptr) return memory.close(state, tile);
+  memory.template write<BFloat16>(
+      state, [&](BFloat16* to) { round_all_randomly(tile, random, k, to, memory.length()); });
+}
+
+// Whether any of the rule's states is rounded at random.
+template <class Rule>
+FUSEDOPT_HD inline bool draws_for_states(const Task& task) {
+  bool draws = task.extras != nullptr && task.extras->random_state;
+  for (int k = 0; k < Rule::kStates; ++k) draws |= task.state[k].dtype == DType::kUInt8;
+  return draws;
+}
+
+// The stages of a step in their order. `apply(p, g, multiplier)` applies the rule.
+template <class T, class Memory, class Apply>
+FUSEDOPT_HD inline void update_tile(const Memory& memory, const Task& task, const Operand& grad,
+                                    const TileStages<T>& stages, T* weights, T* gradients,
+                                    Apply&& apply) {
+  const Extras* const extras = task.extras;
+  T* const p = open_weights(memory, task, weights);
+  const T* g = open_gradients(memory, grad, extras, gradients);
+  T multiplier = stages.multiplier;
+  if (stages.limits()) {
+    limit_gradients(g, stages, gradients, memory.length());
+    g = gradients;
+    multiplier = 1;
+  }
+  apply(p, g, multiplier);
+  if (stages.shrink != 0) shrink(p, stages.shrink, memory.length());
+  if (extras != nullptr && extras->ema.data != nullptr) {
+    T* const ema = memory.open(extras->ema, gradients);
+    update_average(Average<T>{ema, stages.ema_weight}, p, memory.length());
+    memory.close(extras->ema, ema);
+  }
+  close_weights(memory, task, stages.step, p);
+}
+
+}  // namespace fusedopt::FUSEDOPT_ISA
