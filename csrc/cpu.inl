@@ -126,9 +126,11 @@ class Span {
 
   float* scale(float* scales) const { return scales + begin_ / kBlock; }
 
-  void draw(uint64_t seed, uint64_t step, uint32_t stream, uint16_t (&random)[kElements]) const {
+  Random draw(uint64_t seed, uint64_t step, uint32_t stream, uint16_t (&bits)[kElements]) const {
     const uint64_t pair = uint64_t(begin_) / 2;
-    draw_bits(random_key(seed, step, stream, uint32_t(pair >> 32)), uint32_t(pair), random);
+    const RandomKey key = random_key(seed, step, stream, uint32_t(pair >> 32));
+    draw_bits(key, uint32_t(pair), bits);
+    return {bits, tail_bits(key)};
   }
 
  private:
@@ -197,8 +199,8 @@ inline Access state_access(const Task& task) {
 }
 
 template <class Rule, bool kRandom>
-inline HalfStates<kRandom> half_states(const Span& span, const Task& task, const uint16_t* random) {
-  HalfStates<kRandom> states = {{}, random};
+inline HalfStates<kRandom> half_states(const Span& span, const Task& task, Random random) {
+  HalfStates<kRandom> states = {{}, random.bits};
   for (int k = 0; k < Rule::kStates; ++k) {
     span.write<BFloat16>(task.state[k], [&](BFloat16* data) { states.data[k] = data; });
   }
@@ -212,15 +214,14 @@ inline void rescale_state(const Span& span, const Task& task, int k, const T* ti
 }
 
 template <class T>
-inline void recode_state(const Span& span, const Task& task, int k, const T* tile,
-                         const uint16_t* random) {
+inline void recode_state(const Span& span, const Task& task, int k, const T* tile, Random random) {
   encode_state(span, task, k, *span.scale(task.extras->scale[k]), tile, random);
 }
 
 // The rule on a tile whose weights and gradients are open: reads, applies, and writes the states.
 template <class Rule, class T>
 inline void update_states(const Rule& rule, const Span& span, const Task& task, Access access, T* p,
-                          const T* g, T multiplier, T factor, const uint16_t* random) {
+                          const T* g, T multiplier, T factor, Random random) {
   constexpr int kStates = Rule::kStates;
   const int64_t n = span.length();
   alignas(64) T buffer[kMaxStates][kTile];
@@ -268,15 +269,16 @@ inline void update_elements(const Rule& rule, const Task& task, const TileStages
   const Access access = state_access<Rule, T>(task);
   const bool draws = draws_for_states<Rule>(task);
   alignas(64) T weights[kTile], gradients[kTile];
-  alignas(64) uint16_t random[kTile];
+  alignas(64) uint16_t bits[kTile];
   for (int64_t at = begin, next; at < end; at = next) {
     next = tile_end(at, end);
     const Span span(at, next - at);
-    update_tile(span, task, task.grad, stages, weights, gradients,
+    update_tile(span, task, gradients_of(task), stages, weights, gradients,
                 [&](T* p, const T* g, T multiplier) {
-                  if (draws) span.draw(task.extras->seed, stages.step, kStateStream, random);
-                  update_states(rule, span, task, access, p, g, multiplier, stages.factor,
-                                draws ? random : nullptr);
+                  const Random random =
+                      draws ? span.draw(task.extras->seed, stages.step, kStateStream, bits)
+                            : Random{};
+                  update_states(rule, span, task, access, p, g, multiplier, stages.factor, random);
                 });
   }
 }
@@ -396,8 +398,8 @@ template <class T>
 inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier, int64_t begin,
                                   int64_t end) {
   alignas(64) T buffer[kTile];
-  const bool accumulated = task.extras != nullptr && task.extras->accumulated;
-  const bool direct = is_plain<T>(task.grad) && !accumulated;
+  const Gradients from = gradients_of(task);
+  const bool direct = is_plain<T>(from.grad) && from.sum == nullptr;
   // In float, one sum answers both questions: a square that is nan or inf had such a gradient.
   // Squares of doubles overflow; so there the test is the largest magnitude.
   const bool sums = type == NormType::kTwo;
@@ -407,7 +409,7 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   auto bits = magnitude_bits(T(0));
   for (int64_t at = begin, next; at < end; at = next) {
     next = direct ? end : tile_end(at, end);
-    const T* g = open_gradients(Span(at, next - at), task.grad, task.extras, buffer);
+    const T* g = open_gradients(Span(at, next - at), from, buffer);
     if (sums) add_squares(g, next - at, lanes);
     if (maximum) {
       const auto other = largest(g, next - at);
@@ -503,7 +505,7 @@ void encode_states(const Task& task, const float* values) {
   for (uint16_t& bits : nearest) bits = kNearest;
   for_each_tile(task, [&](int64_t at, const Span& span) {
     rescale_state(span, task, 0, values + at);
-    recode_state(span, task, 0, values + at, nearest);
+    recode_state(span, task, 0, values + at, Random{nearest, 0});
   });
 }
 

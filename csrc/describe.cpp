@@ -171,8 +171,9 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
     if (!family_->counts_steps && (counts || coded)) entry.step = find(names().step);
     if (PyObject* name = hidden_name(precision)) extra(kHidden) = find(name);
     if (averages) extra(kEma) = find(names().ema);
-    if (random || coded) extra(kSeed) = find(names().seed);
   }
+  // Drawn as soon as there is state, so that a checkpoint of it repeats what follows.
+  if (random || coded) extra(kSeed) = find(names().seed);
   if (accumulate_ || (window_ && look_up(names().grad_count))) {
     const py::object count = extra(kGradCount) = find(names().grad_count);
     const py::object sum = extra(kGradSum) = find(names().grad_sum);

@@ -54,16 +54,17 @@ FUSEDOPT_HD inline float decode(uint8_t code, float scale) {
 }
 
 // `random`: 16 random bits. The middle of their range, kNearest, rounds to nearest.
+// `tail`: 4 bits to follow them, which a tensor's elements share. In the mean over many steps, they
+// make up for what 16 bits are too coarse for: averages that change by a millionth at each step.
 constexpr uint16_t kNearest = 0x8000;
 
 template <bool kSquare>
-FUSEDOPT_HD inline uint8_t encode(float x, float inverse, uint16_t random) {
+FUSEDOPT_HD inline uint8_t encode(float x, float inverse, uint16_t random, uint32_t tail) {
   constexpr int32_t kHighest = kSquare ? 255 : 127;
-  // With 1/2 for the bits beyond the random ones.
-  constexpr uint32_t kOffset = (1u << (kCodeShift - 17)) - (kSquare ? kSquareZero : kSignedZero);
+  const uint32_t offset = tail - (kSquare ? kSquareZero : kSignedZero);
   const uint32_t bits = bit_cast<uint32_t>(x * inverse);
   const uint32_t fraction = uint32_t(random) << (kCodeShift - 16);
-  int32_t code = int32_t((bits & 0x7fffffffu) + fraction + kOffset) >> kCodeShift;
+  int32_t code = int32_t((bits & 0x7fffffffu) + fraction + offset) >> kCodeShift;
   const int32_t least = kSquare && x != 0 ? 1 : 0;
   code = code < least ? least : code;
   code = code > kHighest ? kHighest : code;

@@ -38,6 +38,9 @@ FUSEDOPT_HD inline uint32_t random_bits(RandomKey key, uint32_t index) {
   return x ^ (x >> 16);
 }
 
+// Four bits that all elements share.
+FUSEDOPT_HD inline uint32_t tail_bits(RandomKey key) { return key.second >> 28; }
+
 // The k-th use of an element's bits, when it rounds several things in one step: times an odd
 // number, which permutes all 65,536 values. With these numbers the pairs of any two uses fill the
 // square evenly (0x9e37 / 2^16 is next to the golden ratio).

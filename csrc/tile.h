@@ -11,7 +11,8 @@
 //     read<Stored>(operand, buffer), write<Stored>(operand, fill)
 //                                 the same without conversion; fill(to) is told where to write
 //     scale(scales)               the tile's own among the scales of 8-bit state
-//     draw(seed, step, stream, random)
+//     draw(seed, step, stream, buffer)
+//                                 random bits for its elements
 #pragma once
 
 #include "plan.h"
@@ -54,15 +55,25 @@ FUSEDOPT_HD inline void with_half(DType dtype, F&& f) {
   f(Float16{});
 }
 
-// Gradient and what was accumulated before, added up.
+// Where the gradients come from: what one backward pass left, what was accumulated before, or both.
+struct Gradients {
+  Operand grad;        // no data: none
+  const Operand* sum;  // null: none
+};
+
+FUSEDOPT_HD inline Gradients gradients_of(const Task& task) {
+  const bool accumulated = task.extras != nullptr && task.extras->accumulated;
+  return {task.grad, accumulated ? &task.extras->grad_sum : nullptr};
+}
+
 template <class T, class Memory>
-FUSEDOPT_HD inline const T* open_gradients(const Memory& memory, const Operand& grad,
-                                           const Extras* extras, T* buffer) {
-  if (extras == nullptr || !extras->accumulated) return memory.open(grad, buffer);
-  if (grad.data == nullptr) return memory.open(extras->grad_sum, buffer);
+FUSEDOPT_HD inline const T* open_gradients(const Memory& memory, const Gradients& from, T* buffer) {
+  if (from.sum == nullptr) return memory.open(from.grad, buffer);
+  if (from.grad.data == nullptr) return memory.open(*from.sum, buffer);
   alignas(64) T sum_buffer[Memory::kElements];
-  const T* const sum = memory.open(extras->grad_sum, sum_buffer);
-  memory.with_elements(grad, buffer, [&](const auto* g) { add(sum, g, buffer, memory.length()); });
+  const T* const sum = memory.open(*from.sum, sum_buffer);
+  memory.with_elements(from.grad, buffer,
+                       [&](const auto* g) { add(sum, g, buffer, memory.length()); });
   return buffer;
 }
 
@@ -162,7 +173,7 @@ FUSEDOPT_HD inline T* open_state(const Memory& memory, const Task& task, int k, 
 // Writes a state in 8 bits, given the scale.
 template <class T, class Memory>
 FUSEDOPT_HD inline void encode_state(const Memory& memory, const Task& task, int k, float scale,
-                                     const T* tile, const uint16_t* random) {
+                                     const T* tile, Random random) {
   const float inverse = inverse_scale(scale);
   memory.template write<uint8_t>(task.state[k], [&](uint8_t* codes) {
     if (task.extras->square[k]) {
@@ -173,13 +184,13 @@ FUSEDOPT_HD inline void encode_state(const Memory& memory, const Task& task, int
   });
 }
 
-// Writes any other. `random`: null when states in bfloat16 are rounded to nearest.
+// Writes any other. Without random bits, states in bfloat16 are rounded to nearest.
 template <class T, class Memory>
 FUSEDOPT_HD inline void close_state(const Memory& memory, const Operand& state, int k,
-                                    const T* tile, const uint16_t* random) {
-  if (state.dtype != DType::kBFloat16 || random == nullptr) return memory.close(state, tile);
+                                    const T* tile, Random random) {
+  if (state.dtype != DType::kBFloat16 || random.bits == nullptr) return memory.close(state, tile);
   memory.template write<BFloat16>(
-      state, [&](BFloat16* to) { round_all_randomly(tile, random, k, to, memory.length()); });
+      state, [&](BFloat16* to) { round_all_randomly(tile, random.bits, k, to, memory.length()); });
 }
 
 // Whether any of the rule's states is rounded at random.
@@ -192,12 +203,12 @@ FUSEDOPT_HD inline bool draws_for_states(const Task& task) {
 
 // The stages of a step in their order. `apply(p, g, multiplier)` applies the rule.
 template <class T, class Memory, class Apply>
-FUSEDOPT_HD inline void update_tile(const Memory& memory, const Task& task, const Operand& grad,
+FUSEDOPT_HD inline void update_tile(const Memory& memory, const Task& task, const Gradients& from,
                                     const TileStages<T>& stages, T* weights, T* gradients,
                                     Apply&& apply) {
   const Extras* const extras = task.extras;
   T* const p = open_weights(memory, task, weights);
-  const T* g = open_gradients(memory, grad, extras, gradients);
+  const T* g = open_gradients(memory, from, gradients);
   T multiplier = stages.multiplier;
   if (stages.limits()) {
     limit_gradients(g, stages, gradients, memory.length());

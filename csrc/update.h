@@ -4,7 +4,7 @@
 // hundred elements that stay in the first-level cache (or the tensors themselves, when they need
 // no conversion); on a GPU it is the handful of elements that one thread keeps in registers, and
 // the same loops unroll. A stage that is switched off is not run, so stages cost no template
-// instances: there is one instance per rule and arithmetic type.
+// instances; there are a few for each rule: two arithmetic types, and the ways to reach states.
 #pragma once
 
 #include "gradient.h"
@@ -176,6 +176,12 @@ FUSEDOPT_HD inline void update_average(const Average<T> average, const T* p, int
 constexpr uint32_t kWeightStream = 0;
 constexpr uint32_t kStateStream = 1;
 
+// Random bits for the elements of a tile: 16 for each, and 4 for all.
+struct Random {
+  const uint16_t* bits = nullptr;  // null: none
+  uint32_t tail = 0;
+};
+
 // For kN elements, of which the first two are the pair `index`. (The halves of a word lie in memory
 // lower one first.)
 template <int64_t kN>
@@ -247,11 +253,11 @@ FUSEDOPT_HD inline void decode_block(const uint8_t* codes, float scale, T* out, 
 
 // The k-th that is rounded with these random bits.
 template <bool kSquare, class T>
-FUSEDOPT_HD inline void encode_block(const T* x, float inverse, const uint16_t* random, int k,
+FUSEDOPT_HD inline void encode_block(const T* x, float inverse, Random random, int k,
                                      uint8_t* codes, int64_t n) {
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i)
-    codes[i] = encode<kSquare>(float(x[i]), inverse, again(random[i], k));
+    codes[i] = encode<kSquare>(float(x[i]), inverse, again(random.bits[i], k), random.tail);
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

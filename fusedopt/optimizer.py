@@ -223,6 +223,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             increment_version(stepper.updated())
             stepper.run(threads, multiplier, stream)
             self._micro_batches = 0
+            if self._idle_averages:  # they lag behind from now on
+                self._drop_averages()
+                self._idle_averages = False
         except BaseException:
             self._roll_back(created)
             raise
@@ -231,7 +234,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     def _ready_stepper(self) -> kernels.Stepper:
         if self.__dict__.get("_swapped"):
-            raise RuntimeError("no steps within swap_ema(): the weights are not the model's own")
+            raise RuntimeError(
+                "no step() or accumulate() within swap_ema(): the weights are not the model's own"
+            )
         stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
             stepper = self._stepper = kernels.Stepper(self._family, _unshared)
@@ -247,9 +252,14 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if "param_groups" in self.__dict__:
             if names & {"weight_precision", "state_dtype"}:
                 self._adopt_state()
-            if "ema_decay" in names and self.ema_decay is None:
-                for state in self.state.values():
-                    state.pop("ema", None)
+            if "ema_decay" in names:
+                if self.ema_decay is None:
+                    self._drop_averages()
+                self._idle_averages = False
+
+    def _drop_averages(self) -> None:
+        for state in self.state.values():
+            state.pop("ema", None)
 
     def _grad_scale(self) -> float | None:
         """The factor that a gradient scaler's loss had; None without a scaler."""
@@ -327,6 +337,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     # These are instance attributes when they are not the class's.
     _micro_batches: int = 0  # calls of accumulate() in the window
+    _idle_averages: bool = False  # a checkpoint had averages, and ema_decay is None
     _grad_norm: float = math.nan
     _skipped_steps: int = 0
 
@@ -609,6 +620,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                         self.state[param][name] = value.to(param.device)
             self._check_options()
             self._adopt_state()
+            self._idle_averages = self.ema_decay is None and any(
+                "ema" in state for state in self.state.values() if isinstance(state, dict)
+            )
             counts = [int(state["grad_count"]) for state in self._window_states()]
             self._micro_batches = max(counts, default=0)
 

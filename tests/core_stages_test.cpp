@@ -944,14 +944,15 @@ float decode(bool square, int code, float scale) {
                 : base::decode<false>(uint8_t(code), scale);
 }
 
+// `random`: 20 bits.
 int encode(bool square, float x, float scale, uint32_t random) {
   const float inverse = base::inverse_scale(scale);
-  return square ? base::encode<true>(x, inverse, uint16_t(random))
-                : base::encode<false>(x, inverse, uint16_t(random));
+  return square ? base::encode<true>(x, inverse, uint16_t(random >> 4), random & 15)
+                : base::encode<false>(x, inverse, uint16_t(random >> 4), random & 15);
 }
 
 void test_codes() {
-  constexpr uint32_t kBits = 1u << 16;
+  constexpr uint32_t kBits = 1u << 20;
   std::mt19937 random(31);
   for (bool square : {false, true}) {
     for (int exponent : {-90, -89, -24, -1, 0, 1, 60, 126}) {
@@ -982,7 +983,7 @@ void test_codes() {
         double sum = 0;
         int others = 0;
         for (uint32_t k = 0; k < 1024; ++k) {
-          const int got = encode(square, sign * x, scale, k * 64 + random() % 64);
+          const int got = encode(square, sign * x, scale, k * 1024 + random() % 1024);
           const double y = sign * decode(square, got, scale);
           others += y != lower && y != lower + gap;
           others += std::fabs(y - x) > x / 8;
@@ -990,7 +991,7 @@ void test_codes() {
         }
         check(others == 0, "a neighbour, at most an eighth away", square, code, exponent);
         check(std::fabs(sum / 1024 - x) <= gap / 1000, "right in the mean", square, code, exponent);
-        const int nearest = encode(square, x, scale, base::kNearest);
+        const int nearest = encode(square, x, scale, uint32_t(base::kNearest) << 4);
         check(std::fabs(decode(square, nearest, scale) - x) <= gap / 2, "to the nearest", square,
               code, exponent);
       }
@@ -1020,7 +1021,7 @@ void test_codes() {
     if (largest > 1.5e38f) {
       // Here the scale's inverse ends. What does not fit may become inf, but not small.
       for (bool square : {false, true}) {
-        const int code = encode(square, largest, scale, base::kNearest);
+        const int code = encode(square, largest, scale, uint32_t(base::kNearest) << 4);
         check(scale == kInf || decode(square, code, scale) >= largest / 2, "the last", int(bits));
       }
       continue;

@@ -1474,3 +1474,25 @@ def test_data_parallel(tmp_path: Path) -> None:
         else:
             torch.testing.assert_close(params, whole, msg=name)
             torch.testing.assert_close(params, second[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_checkpoint_of_the_first_window_repeats_its_random_bits() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(4097).bfloat16()
+    results = []
+    saved: dict[str, Any] = {}
+    for resumes in (False, True):
+        param = Parameter(start.clone())
+        ours = fusedopt.AdamW(
+            [param], lr=1e-3, weight_precision="stochastic", state_dtype=torch.uint8
+        )
+        param.grad = start.square()
+        if resumes:
+            ours.load_state_dict(saved)
+        else:
+            ours.accumulate()
+            saved = copy.deepcopy(ours.state_dict())
+            param.grad = start.square()
+        ours.step()
+        results.append(param.detach())
+    assert torch.equal(*results)

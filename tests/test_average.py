@@ -270,3 +270,24 @@ def test_l1_keeps_nan_and_follows_the_schedule() -> None:
         schedule.step()
     expected = torch.tensor([0.85, -0.85, math.nan, math.inf, 0.0])
     torch.testing.assert_close(p.detach(), expected, equal_nan=True)
+
+
+def test_an_average_that_no_step_follows_is_dropped() -> None:
+    """Loaded without ema_decay it waits for the option, but not longer than to the next step."""
+    params = make_params([(5,)])
+    saved = trained(Case("AdamW", {}), params, **EMA).state_dict()
+    average = saved["state"][0]["ema"]
+    for late in (False, True):
+        ours = fusedopt.AdamW(params)
+        ours.load_state_dict(copy.deepcopy(saved))
+        torch.testing.assert_close(ours.state[params[0]]["ema"], average, rtol=0, atol=0)
+        if late:
+            set_grads(params, 0)
+            ours.step()
+            assert "ema" not in ours.state[params[0]]
+        ours.ema_decay = 0.5
+        before = params[0].detach().clone()
+        set_grads(params, 1)
+        ours.step()
+        expected = (before if late else average).lerp(params[0].detach(), 0.5)
+        torch.testing.assert_close(ours.state[params[0]]["ema"], expected)

@@ -553,6 +553,18 @@ def test_coarse_state_follows_slow_averages(name: str, state_dtype: torch.dtype)
         assert means[state_dtype][key] == pytest.approx(mean, rel=0.05)
 
 
+def test_8_bit_state_follows_changes_of_a_millionth() -> None:
+    """Sixteen random bits would lose them: values in 8 bits are an eighth apart."""
+    torch.manual_seed(0)
+    p = Parameter(torch.zeros(8192))
+    ours = fusedopt.Adagrad([p], lr=0.0, initial_accumulator_value=1.0, state_dtype=torch.uint8)
+    p.grad = torch.full((8192,), 1e-3)
+    for _ in range(5000):
+        ours.step()
+    growth = ours.state_dict()["state"][0]["sum"].double().mean().item() - 1
+    assert growth == pytest.approx(5000 * 1e-6, rel=0.3)
+
+
 def test_state_that_stock_has_cast_is_widened() -> None:
     """A master copy in bfloat16 would be none."""
     p = Parameter(torch.ones(8).bfloat16())
