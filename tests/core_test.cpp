@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "emulated_gpu.h"
 #include "layout.h"
 #include "overlap.h"
 #include "plan.h"
@@ -40,7 +41,10 @@ struct Isa {
 std::vector<Isa> isas() {
   std::vector<Isa> list = {{"base", &base::kKernels}};
 #ifdef FUSEDOPT_X86
-  if (std::strstr(cpu_isas(), "avx2")) list.push_back({"avx2", &avx2::kKernels});
+  if (std::strstr(cpu_isas(), "avx2")) {
+    list.push_back({"avx2", &avx2::kKernels});
+    list.push_back({"emulated GPU", &emulated::kKernels});
+  }
   if (std::strstr(cpu_isas(), "avx512")) list.push_back({"avx512", &avx512::kKernels});
 #endif
   return list;

@@ -36,6 +36,12 @@ def compile_core(folder: Path, flags: list[str]) -> Path:
     if setup.builds_x86_kernels(compiler):
         common.append("-DFUSEDOPT_X86")
         kernels |= {CSRC / k: setup.KERNEL + isa for k, isa in setup.X86_KERNELS.items()}
+        # A GPU rounds as AVX2 does.
+        kernels[ROOT / "tests" / "emulated_gpu.cpp"] = [
+            *setup.KERNEL,
+            *setup.X86_KERNELS["cpu_avx2.cpp"],
+            "-DFUSEDOPT_ISA=emulated",
+        ]
     sources = {CSRC / name: [] for name in ("cpu.cpp", "layout.cpp", "overlap.cpp")} | kernels
     sources[ROOT / "tests" / "core_test.cpp"] = []
     runs = [

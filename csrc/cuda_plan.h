@@ -1,0 +1,80 @@
+// What the CUDA kernels read: a Plan as it lies in device memory.
+//
+// Tasks that share a rule and an arithmetic type share a launch. Its work line is made of the
+// tasks' tiles, one after another, and cut into chunks, which the warps take in turn.
+#pragma once
+
+#include "plan.h"
+
+namespace fusedopt {
+
+struct DeviceTask {
+  Task task;  // pointers to device memory; of `grad`, only dtype and layout hold. With `first`,
+              // state[0] has not been written as long as the counter is at `step`
+  Extras extras;
+  void* step = nullptr;  // the parameter's counter, or null when nothing counts
+  DType step_dtype = DType::kFloat32;
+  int64_t place = 0;  // among all parameters of the step, for messages
+};
+
+// What may change at each step. No data: the parameter does not take part.
+struct DeviceGrad {
+  const void* data = nullptr;
+  bool accumulated = false;  // extras.grad_sum holds something
+};
+
+struct DeviceGroup {
+  Group group;
+  const void* lr = nullptr;  // instead of group.hyper[0], where the learning rate is a tensor
+  DType lr_dtype = DType::kFloat32;
+};
+
+// The work line of one launch.
+struct DeviceLine {
+  const DeviceTask* tasks;
+  const DeviceGrad* grads;
+  const DeviceGroup* groups;
+  const int64_t* first_tile;  // n_tasks + 1: where each task's tiles begin on the line
+  const int32_t* chunk_task;  // n_chunks: the task that the chunk's first tile belongs to
+  int32_t n_tasks;
+  int32_t chunk_tiles;
+  int64_t n_chunks;
+};
+
+// Between the launches of a step, and from step to step. All zeros at first.
+struct DeviceControl {
+  double total;           // the squares' sum, or the largest magnitude, of all gradients
+  uint64_t nonfinite;     // while measuring: where the first gradient is that is not finite
+  uint64_t found;         // 1 + its place; 0: all are finite
+  uint64_t skipped;       // counts skipped steps
+  uint32_t blocks_ready;  // of the launch that runs
+};
+
+// Gradients' factors and the step's fate, where only the device knows them.
+struct DeviceStages {
+  Stages stages;                      // clip_coefficient is computed on the device
+  double divisor = 1;                 // by this and the scale gradients are divided
+  const float* grad_scale = nullptr;  // of a gradient scaler
+  const float* found_inf = nullptr;
+  NormType norm = NormType::kNone;
+  double max_grad_norm = -1;  // negative: none
+  bool skip_nonfinite = false;
+};
+
+struct UpdateArguments {
+  DeviceLine line;
+  DeviceStages stages;
+  DeviceControl* control;
+  bool last_launch;  // of the step
+};
+
+struct MeasureArguments {
+  DeviceLine line;
+  DeviceStages stages;
+  DeviceControl* control;
+  double* partial;    // one per warp
+  double* grad_norm;  // where the norm is reported
+  bool first_launch, last_launch;
+};
+
+}  // namespace fusedopt
