@@ -130,7 +130,7 @@ class Span {
     const uint64_t pair = uint64_t(begin_) / 2;
     const RandomKey key = random_key(seed, step, stream, uint32_t(pair >> 32));
     draw_bits(key, uint32_t(pair), bits);
-    return {bits, tail_bits(key)};
+    return {true, bits, tail_bits(key)};
   }
 
  private:
@@ -357,9 +357,9 @@ void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t e
     }
     const int rule = plan.groups[plan.tasks[i]->group].rule;
     if (in_double(*plan.tasks[i])) {
-      select_rule<double>(rule, UpdateTasks<double>{plan, i, last, begin, end});
+      select_rule_or_stream<double>(rule, UpdateTasks<double>{plan, i, last, begin, end});
     } else {
-      select_rule<float>(rule, UpdateTasks<float>{plan, i, last, begin, end});
+      select_rule_or_stream<float>(rule, UpdateTasks<float>{plan, i, last, begin, end});
     }
     i = last;
   }
@@ -505,7 +505,7 @@ void encode_states(const Task& task, const float* values) {
   for (uint16_t& bits : nearest) bits = kNearest;
   for_each_tile(task, [&](int64_t at, const Span& span) {
     rescale_state(span, task, 0, values + at);
-    recode_state(span, task, 0, values + at, Random{nearest, 0});
+    recode_state(span, task, 0, values + at, Random{true, nearest, 0});
   });
 }
 

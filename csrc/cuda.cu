@@ -13,7 +13,9 @@
 namespace fusedopt {
 namespace cuda {
 
-constexpr int kBlockThreads = 256;
+// Threads keep a tile in registers: so there are few of them, but each has eight accesses of 16
+// bytes on the way at a time.
+constexpr int kBlockThreads = 128;
 constexpr int kBlockWarps = kBlockThreads / kWarpLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -24,6 +26,13 @@ class HardwareWarp {
   template <class F>
   __device__ void each(F&& f) {
     f(int(threadIdx.x % kWarpLanes), state_);
+  }
+
+  template <class F>
+  __device__ void once(F&& f) {
+    __syncwarp();
+    if (threadIdx.x % kWarpLanes == 0) f();
+    __syncwarp();
   }
 
   template <class F>
@@ -75,16 +84,21 @@ __device__ inline bool is_last_block(DeviceControl* control) {
   return last;
 }
 
+template <class T>
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
+
 template <class Rule, class T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     update_kernel(const __grid_constant__ UpdateArguments arguments) {
+  __shared__ WarpMemory<Rule, T> memory[kBlockWarps];
   HardwareWarp<LaneTile<T>> warp;
-  update_warp<Rule, T>(arguments, warp, warp_number(), warp_count());
+  update_warp<Rule, T>(arguments, warp, memory[threadIdx.x / kWarpLanes], warp_number(),
+                       warp_count());
   if (is_last_block(arguments.control)) finish_update(arguments, threadIdx.x, kBlockThreads);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     measure_kernel(const __grid_constant__ MeasureArguments arguments) {
   HardwareWarp<LaneNorm> warp;
   measure_warp<T>(arguments, warp, warp_number(), warp_count());
@@ -94,7 +108,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     accumulate_kernel(const __grid_constant__ DeviceLine line) {
   HardwareWarp<LaneTile<T>> warp;
   accumulate_warp<T>(line, warp, warp_number(), warp_count());

@@ -5,6 +5,7 @@
 // bodies without a GPU.
 //
 //     each(f)        calls f(lane, state) for all lanes
+//     once(f)        calls f() on one of them, while the others wait
 //     largest(f)     the largest of f(state), an unsigned integer, over the lanes
 //     sum(f)         the sum of f(state), a double, in a fixed order
 //     raise(to, n)   *to = max(*to, n), among all warps
@@ -148,7 +149,7 @@ class Lane {
       FUSEDOPT_VECTORIZE
       for (int j = 0; j < kQuad; ++j) bits[row * kQuad + j] = quad[j];
     }
-    return {bits, tail_bits(key)};
+    return {true, bits, tail_bits(key)};
   }
 
  private:
@@ -173,8 +174,8 @@ class Lane {
 template <class T>
 struct LaneTile {
   T weights[Lane::kElements], gradients[Lane::kElements], states[kMaxStates][Lane::kElements];
-  uint16_t bits[Lane::kElements];
-  Random random;
+  uint16_t bits[Lane::kElements];  // random ones
+  uint32_t tail;
   uint32_t largest[kMaxStates];
 };
 
@@ -187,17 +188,22 @@ struct LaneNorm {
   uint64_t largest;
 };
 
-// Calls f(task number, first element) for the tiles of this warp's share of the line.
-template <class F>
-FUSEDOPT_HD inline void walk(const DeviceLine& line, int64_t warp, int64_t n_warps, F&& f) {
+// Calls open(task number) and then tile(task number, first element) for the tiles of this warp's
+// share of the line; open() again only when the task is another one.
+template <class Open, class Tile>
+FUSEDOPT_HD inline void walk(const DeviceLine& line, int64_t warp, int64_t n_warps, Open&& open,
+                             Tile&& tile) {
+  int32_t opened = -1;
   for (int64_t chunk = warp; chunk < line.n_chunks; chunk += n_warps) {
-    const int64_t begin = chunk * line.chunk_tiles;
+    int64_t at = chunk * line.chunk_tiles;
     const int64_t length = line.first_tile[line.n_tasks];
-    const int64_t end = begin + line.chunk_tiles < length ? begin + line.chunk_tiles : length;
-    int32_t task = line.chunk_task[chunk];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      while (tile >= line.first_tile[task + 1]) ++task;
-      f(task, (tile - line.first_tile[task]) * kTile);
+    const int64_t end = at + line.chunk_tiles < length ? at + line.chunk_tiles : length;
+    for (int32_t task = line.chunk_task[chunk]; at < end; ++task) {
+      const int64_t first = line.first_tile[task], last = line.first_tile[task + 1];
+      if (at >= last) continue;
+      if (task != opened) open(task);
+      opened = task;
+      for (; at < end && at < last; ++at) tile(task, (at - first) * kTile);
     }
   }
 }
@@ -212,6 +218,7 @@ struct Verdict {
   bool skip;
   Stages stages;
 
+  Verdict() = default;
   FUSEDOPT_HD explicit Verdict(const DeviceStages& device) : skip(false), stages(device.stages) {
     const double scale = device.grad_scale == nullptr ? 1 : double(*device.grad_scale);
     stages.grad_multiplier = 1 / (scale * device.divisor);
@@ -240,40 +247,34 @@ FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
   return grad.data != nullptr || grad.accumulated;
 }
 
-// A rule and its stages, made when a warp meets another group or step. (All lanes make the same.)
+// What the lanes of a warp have in common, where they all can read it: the rule and its stages,
+// made anew when the warp meets another group or step.
 template <class Rule, class T>
-class RuleCache {
- public:
-  FUSEDOPT_HD RuleCache(const DeviceLine& line, const Verdict& verdict)
-      : line_(line),
-        verdict_(verdict),
-        rule_(Group{}.hyper, 1, false),
-        stages_(verdict.stages, Group{}, 1) {}
+struct WarpMemory {
+  Verdict verdict;
+  int32_t group;
+  bool first;
+  double before;
+  Rule rule;
+  TileStages<T> stages;
+};
 
-  FUSEDOPT_HD void look_up(const DeviceTask& task) {
-    const double before = task.step == nullptr ? 0 : load_scalar(task.step, task.step_dtype);
-    const bool first = task.task.first && before == task.task.step;
-    if (task.task.group == group_ && before == before_ && first == first_) return;
-    group_ = task.task.group, before_ = before, first_ = first;
-    const DeviceGroup& device = line_.groups[group_];
+template <class Rule, class T, class Warp>
+FUSEDOPT_HD inline void prepare_rule(Warp& warp, WarpMemory<Rule, T>& memory,
+                                     const DeviceLine& line, const DeviceTask& task) {
+  const double before = task.step == nullptr ? 0 : load_scalar(task.step, task.step_dtype);
+  const bool first = task.task.first && before == task.task.step;
+  const int32_t number = task.task.group;
+  if (number == memory.group && before == memory.before && first == memory.first) return;
+  warp.once([&] {
+    const DeviceGroup& device = line.groups[number];
     Group group = device.group;
     if (device.lr != nullptr) group.hyper[0] = load_scalar(device.lr, device.lr_dtype);
-    rule_ = Rule(group.hyper, before + 1, first);
-    stages_ = TileStages<T>(verdict_.stages, group, before + 1);
-  }
-
-  FUSEDOPT_HD const Rule& rule() const { return rule_; }
-  FUSEDOPT_HD const TileStages<T>& stages() const { return stages_; }
-
- private:
-  const DeviceLine& line_;
-  const Verdict& verdict_;
-  int32_t group_ = -1;
-  double before_ = 0;
-  bool first_ = false;
-  Rule rule_;
-  TileStages<T> stages_;
-};
+    memory.rule = Rule(group.hyper, before + 1, first);
+    memory.stages = TileStages<T>(memory.verdict.stages, group, before + 1);
+    memory.group = number, memory.before = before, memory.first = first;
+  });
+}
 
 template <class Rule, class T, class Warp>
 FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const TileStages<T>& stages,
@@ -282,8 +283,8 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
   const bool draws = draws_for_states<Rule>(task);
   warp.each([&](int number, LaneTile<T>& tile) {
     const Lane lane(number, begin, task.numel);
-    tile.random =
-        draws ? lane.draw(task.extras->seed, stages.step, kStateStream, tile.bits) : Random{};
+    // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
+    if (draws) tile.tail = lane.draw(task.extras->seed, stages.step, kStateStream, tile.bits).tail;
     update_tile(lane, task, from, stages, tile.weights, tile.gradients,
                 [&](T* p, const T* g, T multiplier) {
                   States<T> states = {};
@@ -296,7 +297,7 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
     FUSEDOPT_VECTORIZE
     for (int k = 0; k < Rule::kStates; ++k) {
       if (task.state[k].dtype != DType::kUInt8) {
-        close_state(lane, task.state[k], k, tile.states[k], tile.random);
+        close_state(lane, task.state[k], k, tile.states[k], Random{draws, tile.bits, tile.tail});
         continue;
       }
       // The lanes' spare elements may have become anything.
@@ -315,26 +316,34 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
     warp.each([&](int number, LaneTile<T>& tile) {
       const Lane lane(number, begin, task.numel);
       if (number == 0) *lane.scale(task.extras->scale[k]) = scale;
-      encode_state(lane, task, k, scale, tile.states[k], tile.random);
+      encode_state(lane, task, k, scale, tile.states[k], Random{draws, tile.bits, tile.tail});
     });
   }
 }
 
 // The update, for the tasks of one rule and type.
 template <class Rule, class T, class Warp>
-FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp, int64_t number,
-                                    int64_t n_warps) {
+FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp,
+                                    WarpMemory<Rule, T>& memory, int64_t number, int64_t n_warps) {
   const DeviceLine& line = arguments.line;
-  const Verdict verdict(arguments.stages, *arguments.control);
-  if (verdict.skip) return;
-  RuleCache<Rule, T> cache(line, verdict);
-  walk(line, number, n_warps, [&](int32_t i, int64_t begin) {
-    if (!takes_part(line.grads[i])) return;
-    const DeviceTask& task = line.tasks[i];
-    cache.look_up(task);
-    update_warp_tile<Rule, T>(warp, cache.rule(), cache.stages(), task.task,
-                              gradients_of(task, line.grads[i]), begin);
+  warp.once([&] {
+    memory.verdict = Verdict(arguments.stages, *arguments.control);
+    memory.group = -1;
   });
+  if (memory.verdict.skip) return;
+  DeviceGrad grad;
+  walk(
+      line, number, n_warps,
+      [&](int32_t i) {
+        grad = line.grads[i];
+        if (takes_part(grad)) prepare_rule(warp, memory, line, line.tasks[i]);
+      },
+      [&](int32_t i, int64_t begin) {
+        if (!takes_part(grad)) return;
+        const DeviceTask& task = line.tasks[i];
+        update_warp_tile<Rule, T>(warp, memory.rule, memory.stages, task.task,
+                                  gradients_of(task, grad), begin);
+      });
 }
 
 // When all warps are done with it: what one of `n` threads does.
@@ -364,7 +373,8 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
   const T multiplier = T(Verdict(arguments.stages).stages.grad_multiplier);
   const bool sums = arguments.stages.norm != NormType::kInfinity;
   warp.each([&](int, LaneNorm& norm) { norm = {0, 0}; });
-  walk(line, number, n_warps, [&](int32_t i, int64_t begin) {
+  const auto nothing = [](int32_t) {};
+  walk(line, number, n_warps, nothing, [&](int32_t i, int64_t begin) {
     if (!takes_part(line.grads[i])) return;
     const DeviceTask& task = line.tasks[i];
     const Gradients from = gradients_of(task, line.grads[i]);
@@ -434,7 +444,8 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
 template <class T, class Warp>
 FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, int64_t number,
                                         int64_t n_warps) {
-  walk(line, number, n_warps, [&](int32_t i, int64_t begin) {
+  const auto nothing = [](int32_t) {};
+  walk(line, number, n_warps, nothing, [&](int32_t i, int64_t begin) {
     const DeviceGrad& grad = line.grads[i];
     if (grad.data == nullptr) return;
     const DeviceTask& task = line.tasks[i];

@@ -123,6 +123,7 @@ struct BitsOf<double> {
 template <class T>
 class Gate {
  public:
+  Gate() = default;
   FUSEDOPT_HD explicit Gate(bool open) : mask_(open ? ~Bits(0) : Bits(0)) {}
   FUSEDOPT_HD T operator()(T x) const { return bit_cast<T>(bit_cast<Bits>(x) & mask_); }
 

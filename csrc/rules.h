@@ -7,9 +7,9 @@
 //     Rule<T> rule(hyper, step, first);
 //     rule(p, g, s);       // p: weight, g: gradient, s: the rule's state, all read and written
 //
-// The gradient has been unscaled and signed already (gradient.h), and whatever happens to the
-// weight on its way to memory happens afterwards (store.h). No rule knows of data types, layouts,
-// threads or devices.
+// (Rules can also be left uninitialized, to be assigned later.) The gradient has been unscaled and
+// signed already (gradient.h), and whatever happens to the weight on its way to memory happens
+// afterwards (store.h). No rule knows of data types, layouts, threads or devices.
 //
 // The build forbids the compiler to contract a * b + c into a fused multiply-add by itself; the
 // rules say where one rounding is meant (multiply_add), mostly where stock torch's kernels have
@@ -49,6 +49,7 @@ struct L2Penalty {
   T l2;
   Gate<T> gate;
 
+  L2Penalty() = default;
   FUSEDOPT_HD explicit L2Penalty(double weight_decay)
       : l2(weight_decay != 0 ? T(weight_decay) : T(-0.0)), gate(weight_decay != 0) {}
 
@@ -71,6 +72,7 @@ struct Adam {
   L2Penalty<T> penalty;
   T keep, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
 
+  Adam() = default;
   FUSEDOPT_HD Adam(const double* h, double step, bool /*first*/) : penalty(h[5] != 0 ? 0 : h[4]) {
     const double lr = h[0], beta1 = h[1], b2 = h[2];
     // Kingma & Ba, section 2: both bias corrections move into the step size, here with eps scaled
@@ -114,6 +116,7 @@ struct Sgd {
   T lr, momentum, gain, lookahead;
   Gate<T> buffer, direct;
 
+  Sgd() = default;
   FUSEDOPT_HD Sgd(const double* h, double /*step*/, bool first)
       : penalty(h[3]), buffer(!first), direct(h[4] != 0) {
     lr = T(h[0]);
@@ -154,6 +157,7 @@ struct Rmsprop {
   L2Penalty<T> penalty;
   T lr, alpha, one_minus_alpha, eps, momentum;
 
+  Rmsprop() = default;
   FUSEDOPT_HD Rmsprop(const double* h, double /*step*/, bool /*first*/) : penalty(h[3]) {
     lr = T(h[0]);
     alpha = T(h[1]);
@@ -193,6 +197,7 @@ struct Adagrad {
   L2Penalty<T> penalty;
   T lr, eps;
 
+  Adagrad() = default;
   FUSEDOPT_HD Adagrad(const double* h, double step, bool /*first*/) : penalty(h[3]) {
     lr = T(h[0] / (1 + (step - 1) * h[1]));
     eps = T(h[2]);
@@ -212,6 +217,7 @@ struct Stream {
   static constexpr int kStates = kN;
   static constexpr bool is_square(int) { return false; }
 
+  Stream() = default;
   FUSEDOPT_HD Stream(const double*, double, bool) {}
 
   FUSEDOPT_HD void operator()(T& p, T g, T* s) const {

@@ -17,7 +17,7 @@ constexpr int kStreamRule = 9;  // + the number of states
 
 // Calls visit.template run<Rule>() for the rule with this number.
 template <class T, class Visitor>
-FUSEDOPT_HD inline void select_rule(int rule, Visitor&& visit) {
+inline void select_rule(int rule, Visitor&& visit) {
   switch (rule) {
     case 0: return visit.template run<Adam<T, false>>();
     case 1: return visit.template run<Adam<T, true>>();
@@ -28,10 +28,18 @@ FUSEDOPT_HD inline void select_rule(int rule, Visitor&& visit) {
     case 6: return visit.template run<Rmsprop<T, false, true>>();
     case 7: return visit.template run<Rmsprop<T, true, true>>();
     case 8: return visit.template run<Adagrad<T>>();
-    case 9: return visit.template run<Stream<T, 0>>();
-    case 10: return visit.template run<Stream<T, 1>>();
-    case 11: return visit.template run<Stream<T, 2>>();
-    case 12: return visit.template run<Stream<T, 3>>();
+  }
+}
+
+// The same, for the rules that compute nothing, too.
+template <class T, class Visitor>
+inline void select_rule_or_stream(int rule, Visitor&& visit) {
+  switch (rule - kStreamRule) {
+    case 0: return visit.template run<Stream<T, 0>>();
+    case 1: return visit.template run<Stream<T, 1>>();
+    case 2: return visit.template run<Stream<T, 2>>();
+    case 3: return visit.template run<Stream<T, 3>>();
+    default: return select_rule<T>(rule, visit);
   }
 }
 

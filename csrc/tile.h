@@ -98,6 +98,7 @@ FUSEDOPT_HD inline float* open_weights(const Memory& memory, const Task& task, f
       with_half(task.param.dtype,
                 [&](auto format) { join_masters<decltype(format)>(p, master, n); });
       if (memory.template in_place<float>(hidden)) return master;
+      FUSEDOPT_VECTORIZE
       for (int64_t i = 0; i < n; ++i) p[i] = master[i];
       break;
     }
@@ -188,7 +189,7 @@ FUSEDOPT_HD inline void encode_state(const Memory& memory, const Task& task, int
 template <class T, class Memory>
 FUSEDOPT_HD inline void close_state(const Memory& memory, const Operand& state, int k,
                                     const T* tile, Random random) {
-  if (state.dtype != DType::kBFloat16 || random.bits == nullptr) return memory.close(state, tile);
+  if (state.dtype != DType::kBFloat16 || !random.drawn) return memory.close(state, tile);
   memory.template write<BFloat16>(
       state, [&](BFloat16* to) { round_all_randomly(tile, random.bits, k, to, memory.length()); });
 }

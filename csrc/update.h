@@ -32,6 +32,7 @@ struct TileStages {
   T ema_weight;                 // of the new weight in the average
   uint64_t step;
 
+  TileStages() = default;
   FUSEDOPT_HD TileStages(const Stages& stages, const Group& group, double step)
       : multiplier(T(stages.grad_multiplier)),
         limit(T(stages.max_grad_value)),
@@ -176,9 +177,11 @@ FUSEDOPT_HD inline void update_average(const Average<T> average, const T* p, int
 constexpr uint32_t kWeightStream = 0;
 constexpr uint32_t kStateStream = 1;
 
-// Random bits for the elements of a tile: 16 for each, and 4 for all.
+// Random bits for the elements of a tile: 16 for each, and 4 for all. (Whether there are any is not
+// told by a null pointer: a choice of pointers would keep a GPU's registers in memory.)
 struct Random {
-  const uint16_t* bits = nullptr;  // null: none
+  bool drawn = false;
+  const uint16_t* bits = nullptr;
   uint32_t tail = 0;
 };
 
@@ -238,6 +241,7 @@ FUSEDOPT_HD inline void round_all_randomly(const T* x, const uint16_t* random, i
 template <class T>
 FUSEDOPT_HD inline uint32_t largest_magnitude(const T* x, int64_t n) {
   uint32_t largest = 0;
+  FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = bit_cast<uint32_t>(float(x[i])) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;

@@ -24,6 +24,11 @@ class EmulatedWarp {
   }
 
   template <class F>
+  void once(F&& f) {
+    f();
+  }
+
+  template <class F>
   auto largest(F&& f) {
     auto result = f(states_[0]);
     for (const State& state : states_) result = std::max(result, f(state));
@@ -96,7 +101,8 @@ struct Update {
   void run() const {
     for (int64_t i = 0; i < kWarps; ++i) {
       EmulatedWarp<LaneTile<T>> warp;
-      update_warp<Rule, T>(arguments, warp, i, kWarps);
+      WarpMemory<Rule, T> memory;
+      update_warp<Rule, T>(arguments, warp, memory, i, kWarps);
     }
     for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
   }
@@ -121,9 +127,9 @@ void update(const Plan& plan, int64_t, int64_t begin, int64_t end) {
     UpdateArguments arguments = {table.line(plan), {plan.stages}, &control, true};
     arguments.stages.divisor = 1 / plan.stages.grad_multiplier;
     if (kind.second) {
-      select_rule<double>(kind.first, Update<double>{arguments});
+      select_rule_or_stream<double>(kind.first, Update<double>{arguments});
     } else {
-      select_rule<float>(kind.first, Update<float>{arguments});
+      select_rule_or_stream<float>(kind.first, Update<float>{arguments});
     }
     for (size_t i = 0; i < table.tasks.size(); ++i) {
       if (table.steps[i] != table.tasks[i].task.step + 1) std::abort();
