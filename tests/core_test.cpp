@@ -14,6 +14,7 @@
 #include "cpu.h"
 #include "emulated_gpu.h"
 #include "layout.h"
+#include "norm.h"
 #include "overlap.h"
 #include "plan.h"
 #include "quantize.h"
@@ -457,6 +458,7 @@ void test_overlap() {
 
 }  // namespace
 
+#include "core_gpu_test.cpp"
 #include "core_stages_test.cpp"
 
 int main() {
@@ -487,6 +489,7 @@ int main() {
   test_norm();
   test_nonfinite();
   test_accumulate();
+  test_gpu();
   std::printf("%d passed, %d failed (%s)\n", checks - failures, failures, cpu_isas());
   return failures != 0;
 }

@@ -1,0 +1,312 @@
+// What the CUDA engine does otherwise than the CPU's: the norm, decisions and counters on the
+// device, and how it cuts its work. Part of core_test.cpp. (That its kernels compute the same is
+// tested with the others: they are one of isas().)
+
+namespace {
+
+const std::vector<int64_t> kOddSizes = {0, 1, 3, 17, 255, 256, 257, 1025, 5000};
+
+std::vector<Setup> mixed_setups() {
+  std::vector<Setup> setups = {Setup(0), Setup(1, DType::kFloat64), Setup(3, DType::kBFloat16),
+                               Setup(8, DType::kFloat16)};
+  setups[2].accumulated = true;
+  return setups;
+}
+
+// Several rules and types in one step, so that it takes several launches.
+struct Mixed {
+  std::vector<Group> groups;
+  std::vector<Model> models;
+  std::vector<std::unique_ptr<Step>> steps;
+  std::vector<Task> tasks;
+  std::vector<const Task*> pointers;
+  std::vector<int64_t> begin = {0};
+
+  Mixed() : Mixed(models_of(mixed_setups())) {}
+  Mixed(const Mixed& other) : Mixed(other.models) {}
+
+  explicit Mixed(std::vector<Model> given) : models(std::move(given)) {
+    const std::vector<Setup> setups = mixed_setups();
+    for (size_t s = 0; s < setups.size(); ++s) {
+      groups.push_back(setups[s].group);
+      steps.push_back(std::make_unique<Step>(models[s], setups[s]));
+      for (size_t i = 0; i < models[s].size(); ++i) {
+        tasks.push_back(steps[s]->task(i));
+        tasks.back().group = int32_t(s);
+      }
+    }
+    for (const Task& task : tasks) {
+      pointers.push_back(&task);
+      begin.push_back(begin.back() + task.numel + kTaskOverhead);
+    }
+  }
+
+  static std::vector<Model> models_of(const std::vector<Setup>& setups) {
+    std::vector<Model> result;
+    for (const Setup& setup : setups) result.push_back(make_model(setup, kOddSizes));
+    return result;
+  }
+
+  Plan plan(const Stages& stages = {}) const {
+    return {groups.data(), pointers.data(), int64_t(tasks.size()), begin.data(), stages};
+  }
+};
+
+emulated::Options gpu_options(const Plan& plan) {
+  emulated::Options options;
+  options.stages.stages = plan.stages;
+  for (int64_t i = 0; i < plan.n_tasks; ++i) options.steps.push_back(plan.tasks[i]->step - 1);
+  return options;
+}
+
+bool same_models(const Mixed& a, const Mixed& b) {
+  for (size_t s = 0; s < a.models.size(); ++s) {
+    if (!same_bits(a.models[s], b.models[s])) return false;
+  }
+  return true;
+}
+
+void test_gpu_norm() {
+  for (NormType type : {NormType::kTwo, NormType::kInfinity}) {
+    for (double multiplier : {1.0, 0.25}) {
+      const Mixed mixed;
+      Stages stages;
+      stages.grad_multiplier = multiplier;
+      const Norm expected = cpu_measure(mixed.plan(stages), type, 1);
+      double norms[3];
+      const std::pair<int, int> grids[] = {{1, 1}, {5, 3}, {64, 8}};
+      for (int k = 0; k < 3; ++k) {
+        emulated::Options options = gpu_options(mixed.plan());
+        options.stages.divisor = 1 / multiplier;
+        options.stages.norm = type;
+        options.n_warps = grids[k].first, options.chunk_tiles = grids[k].second;
+        DeviceControl control = {};
+        // What was left of the step before does not matter.
+        control.total = 1e300, control.found = 7;
+        emulated::measure(mixed.plan(), options, &control, &norms[k]);
+        check(std::fabs(norms[k] - expected.value) <= 1e-14 * expected.value, "gpu norm", int(type),
+              k);
+        check(type == NormType::kTwo || norms[k] == expected.value, "gpu inf norm", k);
+        check(control.found == 0 && control.nonfinite == 0, "all finite", k);
+      }
+    }
+  }
+}
+
+void test_gpu_nonfinite() {
+  for (NormType type : {NormType::kTwo, NormType::kInfinity}) {
+    for (double bad : {double(kInf), -double(kInf), double(kNan)}) {
+      for (int task : {1, 8, 10, 20, 35}) {
+        Mixed mixed;
+        // Two of them: the first counts.
+        for (int i : {task, 35}) {
+          Tensor& grad = mixed.models[i / 9][i % 9][kGrad];
+          grad.set(grad.numel - 1, bad);
+        }
+        const Norm expected = cpu_measure(mixed.plan(), type, 1);
+        emulated::Options options = gpu_options(mixed.plan());
+        options.stages.norm = type;
+        options.stages.skip_nonfinite = true;
+        DeviceControl control = {};
+        double norm = 0;
+        emulated::measure(mixed.plan(), options, &control, &norm);
+        check(expected.nonfinite_task == task && control.found == uint64_t(task) + 1,
+              "the first that is not finite", task, int(control.found));
+        check(norm == expected.value || (norm != norm && expected.value != expected.value),
+              "its norm", int(type), task);
+        const Mixed before(mixed);
+        const std::vector<double> steps = options.steps;
+        emulated::update(mixed.plan(), &options, &control);
+        check(same_models(mixed, before) && options.steps == steps, "nothing is written", task);
+        check(control.skipped == 1, "one step was skipped", task);
+      }
+    }
+  }
+}
+
+// Clipped by the device's norm, unscaled by the device's scale: as the CPU with these numbers.
+void test_gpu_stages() {
+  for (double limit : {0.01, 1e9, double(kInf)}) {
+    Mixed mixed;
+    Mixed reference(mixed);
+    const float scale = 8;
+    emulated::Options options = gpu_options(mixed.plan());
+    options.narrow_steps = limit < 1;
+    options.stages.divisor = 3;
+    options.stages.grad_scale = &scale;
+    options.stages.norm = NormType::kInfinity;  // (does not depend on the order)
+    options.stages.max_grad_norm = limit;
+    DeviceControl control = {};
+    double norm = 0;
+    emulated::measure(mixed.plan(), options, &control, &norm);
+    emulated::update(mixed.plan(), &options, &control);
+
+    Stages stages;
+    stages.grad_multiplier = 1.0 / 24;
+    const Norm expected = cpu_measure(reference.plan(stages), NormType::kInfinity, 1);
+    stages.clip_coefficient = base::clip_coefficient(expected.value, limit);
+    const Plan plan = reference.plan(stages);
+    avx2::kKernels.update(plan, 0, 0, plan.begin[plan.n_tasks]);
+    check(norm == expected.value, "unscaled norm");
+    check((limit < 1) == (stages.clip_coefficient < 1), "clips");
+    check(same_models(mixed, reference), "unscales and clips", int(limit < 1));
+    for (int64_t i = 0; i < plan.n_tasks; ++i) {
+      check(options.steps[i] == plan.tasks[i]->step, "the counters advance", int(i));
+    }
+    check(control.skipped == 0, "none is skipped");
+  }
+}
+
+void test_gpu_found_inf() {
+  Mixed mixed;
+  const Mixed before(mixed);
+  float found_inf = 1;
+  emulated::Options options = gpu_options(mixed.plan());
+  options.stages.found_inf = &found_inf;
+  options.stages.norm = NormType::kTwo;
+  const std::vector<double> steps = options.steps;
+  DeviceControl control = {};
+  double norm = 0;
+  for (int t = 1; t <= 2; ++t) {
+    emulated::measure(mixed.plan(), options, &control, &norm);
+    emulated::update(mixed.plan(), &options, &control);
+    check(control.skipped == uint64_t(t) && norm != norm, "skipped", t);
+  }
+  check(same_models(mixed, before) && options.steps == steps, "a skipped step writes nothing");
+  // The buffers that have never been written still have not: the next step is the first.
+  found_inf = 0;
+  emulated::update(mixed.plan(), &options, &control);
+  Mixed reference(before);
+  const Plan plan = reference.plan();
+  avx2::kKernels.update(plan, 0, 0, plan.begin[plan.n_tasks]);
+  check(same_models(mixed, reference), "the step after it");
+  emulated::update(mixed.plan(), &options, &control);
+  for (Task& task : reference.tasks) task.step += 1, task.first = false;
+  avx2::kKernels.update(plan, 0, 0, plan.begin[plan.n_tasks]);
+  check(same_models(mixed, reference), "and the next one");
+  check(control.skipped == 2, "none of them was skipped");
+}
+
+// Parameters without a gradient stay in the table, and out of the step.
+void test_gpu_missing_gradients() {
+  Mixed mixed;
+  const Mixed before(mixed);
+  for (size_t i = 0; i < mixed.tasks.size(); ++i) {
+    if (i % 2 == 0 && i / 9 != 2) mixed.tasks[i].grad.data = nullptr;
+  }
+  emulated::Options options = gpu_options(mixed.plan());
+  options.stages.norm = NormType::kTwo;
+  const std::vector<double> steps = options.steps;
+  DeviceControl control = {};
+  double norm = 0;
+  emulated::measure(mixed.plan(), options, &control, &norm);
+  emulated::update(mixed.plan(), &options, &control);
+  double squares = 0;
+  for (size_t i = 0; i < mixed.tasks.size(); ++i) {
+    const bool takes_part = mixed.tasks[i].grad.data != nullptr;
+    check(options.steps[i] == steps[i] + takes_part, "counts its own steps", int(i));
+    const auto& now = mixed.models[i / 9][i % 9];
+    const auto& then = before.models[i / 9][i % 9];
+    check(takes_part || same_bits(now[kParam], then[kParam]), "stays as it is", int(i));
+    for (int64_t j = 0; takes_part && j < now[kGrad].numel; ++j) {
+      const double g = now[kGrad].get(j) + (i / 9 == 2 ? now[kGradSum].get(j) : 0);
+      squares += g * g;
+    }
+  }
+  check(std::fabs(norm - std::sqrt(squares)) <= 1e-6 * norm, "the norm of those that do");
+}
+
+// Beyond the tensor's end a lane's numbers are no numbers; the block's scale must not know.
+void test_gpu_ends_of_coded_states() {
+  Setup setup(5);  // RMSprop with momentum
+  setup.group.hyper[2] = 0;
+  setup.state = DType::kUInt8;
+  const Model start = make_model(setup, {1, 100, 300});
+  Model model = start, expected = start;
+  Step(model, setup).update(&emulated::kKernels);
+  Step(expected, setup).update(&avx2::kKernels);
+  check(same_bits(model, expected), "the ends of 8-bit states");
+  check(std::isfinite(model[2][kScale + 1].as<float>(1)), "a finite scale");
+}
+
+void test_gpu_learning_rate() {
+  for (DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    const double wide = 0.25;
+    const float narrow = 0.25;
+    Mixed mixed;
+    Mixed reference(mixed);
+    emulated::Options options = gpu_options(mixed.plan());
+    options.lr = dtype == DType::kFloat64 ? static_cast<const void*>(&wide) : &narrow;
+    options.lr_dtype = dtype;
+    DeviceControl control = {};
+    emulated::update(mixed.plan(), &options, &control);
+    for (Group& group : reference.groups) group.hyper[0] = 0.25;
+    const Plan plan = reference.plan();
+    avx2::kKernels.update(plan, 0, 0, plan.begin[plan.n_tasks]);
+    check(same_models(mixed, reference), "a learning rate on the device", int(dtype));
+  }
+}
+
+// Any grid; tensors that begin anywhere; many that are smaller than a tile.
+void test_gpu_grids() {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < 10000; ++i) sizes.push_back(i * 7 % 67);
+  Setup setup(0);
+  const Model start = make_model(setup, sizes);
+  Model expected = start;
+  Step(expected, setup).update(&avx2::kKernels);
+  for (const auto& [n_warps, chunk_tiles] : {std::pair<int, int>{1, 1}, {7, 5}, {300, 16}}) {
+    Model model = start;
+    const Step step(model, setup);
+    emulated::Options options = gpu_options(step.plan());
+    options.n_warps = n_warps, options.chunk_tiles = chunk_tiles;
+    DeviceControl control = {};
+    emulated::update(step.plan(), &options, &control);
+    check(same_bits(model, expected), "tiny tensors", n_warps, chunk_tiles);
+  }
+
+  const int64_t n = 777;
+  for (int64_t shift = 1; shift < 5; ++shift) {
+    Setup whole(0);
+    Model unaligned = make_model(whole, {n + shift});
+    const Model copy = unaligned;
+    const Step step(unaligned, whole);
+    const Step reference(copy, whole);
+    const auto shifted = [&](const Step& from, Plan* plan, Task* task) {
+      *task = from.task(0);
+      task->numel = n;
+      for (Operand* operand : {&task->param, &task->grad, &task->state[0], &task->state[1]}) {
+        operand->data = static_cast<float*>(operand->data) + shift;
+      }
+      *plan = from.plan();
+    };
+    Plan plan, other;
+    Task task, same;
+    shifted(step, &plan, &task);
+    shifted(reference, &other, &same);
+    const Task* tasks[] = {&task};
+    const Task* others[] = {&same};
+    const int64_t begin[] = {0, n + kTaskOverhead};
+    plan.tasks = tasks, other.tasks = others;
+    plan.begin = other.begin = begin;
+    emulated::Options options = gpu_options(plan);
+    DeviceControl control = {};
+    emulated::update(plan, &options, &control);
+    avx2::kKernels.update(other, 0, 0, begin[1]);
+    check(same_bits(unaligned, copy), "tensors that are not aligned", int(shift));
+  }
+}
+
+void test_gpu() {
+  if (!std::strstr(cpu_isas(), "avx2")) return;
+  test_gpu_norm();
+  test_gpu_nonfinite();
+  test_gpu_stages();
+  test_gpu_found_inf();
+  test_gpu_missing_gradients();
+  test_gpu_ends_of_coded_states();
+  test_gpu_learning_rate();
+  test_gpu_grids();
+}
+
+}  // namespace
