@@ -5,6 +5,7 @@
 #   make bench      measure against torch and DeepSpeed (writes build/*.json and tables)
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
+#   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint sanitize wheel clean build
+.PHONY: demo test bench lint sanitize resources wheel clean build
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
@@ -31,10 +32,13 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.inl tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.inl csrc/*.cu tests/*.cpp tests/*.h
 
 sanitize: build
 	$(BIN)/python -m pytest tests/test_core.py -m sanitize
+
+resources: build
+	$(BIN)/python -m pytest -s tests/test_cuda_build.py
 
 wheel: build
 	$(PIP) build

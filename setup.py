@@ -41,6 +41,17 @@ X86_KERNELS = {
         "-mprefer-vector-width=512",
     ],
 }
+# A GPU fuses multiply-adds where rules.h asks for them, too; its divisions and roots round correctly
+# unless one asks for faster ones.
+CUDA_KERNEL = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: under CUDA_HOME, on the PATH, or where its installer puts it."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which(str(Path(home, "bin", "nvcc")))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def find_compiler() -> list[str]:

@@ -20,7 +20,7 @@ struct DeviceTask {
 // What may change at each step. No data: the parameter does not take part.
 struct DeviceGrad {
   const void* data = nullptr;
-  bool accumulated = false;  // extras.grad_sum holds something
+  uint64_t accumulated = 0;  // 1: extras.grad_sum holds something. (No padding: it is compared)
 };
 
 struct DeviceGroup {

@@ -240,11 +240,11 @@ struct Verdict {
 FUSEDOPT_HD inline Gradients gradients_of(const DeviceTask& task, const DeviceGrad& grad) {
   Operand operand = task.task.grad;
   operand.data = const_cast<void*>(grad.data);
-  return {operand, grad.accumulated ? &task.extras.grad_sum : nullptr};
+  return {operand, grad.accumulated != 0 ? &task.extras.grad_sum : nullptr};
 }
 
 FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
-  return grad.data != nullptr || grad.accumulated;
+  return grad.data != nullptr || grad.accumulated != 0;
 }
 
 // What the lanes of a warp have in common, where they all can read it: the rule and its stages,
@@ -454,9 +454,9 @@ FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, int6
       Operand from = task.task.grad;
       from.data = const_cast<void*>(grad.data);
       const T* const g = lane.open(from, tile.gradients);
-      T* const sum =
-          grad.accumulated ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
-      accumulate(g, grad.accumulated, sum, Lane::kElements);
+      const bool adds = grad.accumulated != 0;
+      T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
+      accumulate(g, adds, sum, Lane::kElements);
       lane.close(task.extras.grad_sum, sum);
     });
   });

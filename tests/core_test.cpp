@@ -458,8 +458,10 @@ void test_overlap() {
 
 }  // namespace
 
-#include "core_gpu_test.cpp"
 #include "core_stages_test.cpp"
+
+// After the stages, whose models it uses.
+#include "core_gpu_test.cpp"
 
 int main() {
   test_kernels();

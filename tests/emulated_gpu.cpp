@@ -2,10 +2,9 @@
 #include "emulated_gpu.h"
 
 #include <algorithm>
-#include <map>
-#include <utility>
 #include <vector>
 
+#include "cuda_table.h"
 #include "cuda_warp.h"
 
 namespace fusedopt::emulated {
@@ -48,78 +47,61 @@ class EmulatedWarp {
   State states_[kWarpLanes];
 };
 
-// A launch's tasks, as they would lie in device memory.
-struct Table {
-  std::vector<DeviceTask> tasks;
-  std::vector<DeviceGrad> grads;
-  std::vector<DeviceGroup> groups;
-  std::vector<int64_t> first_tile = {0};
-  std::vector<int32_t> chunk_task;
-  std::vector<float> narrow_steps;
-
-  void add(const Task& task, int64_t place) {
-    DeviceTask device;
-    device.task = task;
-    device.task.step = task.step - 1;
-    if (task.extras != nullptr) device.extras = *task.extras;
-    device.place = place;
-    grads.push_back({task.grad.data, task.extras != nullptr && task.extras->accumulated});
-    tasks.push_back(device);
-    first_tile.push_back(first_tile.back() + (task.numel + kTile - 1) / kTile);
-  }
-
-  DeviceLine line(const Plan& plan, const Options& options) {
+// A plan as it would lie in device memory.
+class Image {
+ public:
+  Image(const Plan& plan, const Options& options) : table_(options.chunk_tiles) {
+    narrow_.assign(options.steps.begin(), options.steps.end());
+    wide_.assign(options.steps.begin(), options.steps.end());
+    counters_.resize(plan.n_tasks);
+    for (size_t i = 0; i < options.steps.size(); ++i) {
+      void* const wide = &wide_[i];
+      counters_[i] = {options.narrow_steps ? &narrow_[i] : wide,
+                      options.narrow_steps ? DType::kFloat32 : DType::kFloat64,
+                      plan.tasks[i]->step - 1};
+    }
     int32_t n_groups = 0;
-    for (DeviceTask& task : tasks) {
-      if (task.task.extras != nullptr) task.task.extras = &task.extras;
-      n_groups = std::max(n_groups, task.task.group + 1);
+    for (int64_t i = 0; i < plan.n_tasks; ++i) {
+      n_groups = std::max(n_groups, plan.tasks[i]->group + 1);
     }
-    for (int32_t g = 0; g < n_groups; ++g) {
-      groups.push_back({plan.groups[g], options.lr, options.lr_dtype});
-    }
-    int32_t task = 0;
-    for (int64_t tile = 0; tile < first_tile.back(); tile += options.chunk_tiles) {
-      while (tile >= first_tile[task + 1]) ++task;
-      chunk_task.push_back(task);
-    }
-    return {
-        tasks.data(),      grads.data(),          groups.data(),       first_tile.data(),
-        chunk_task.data(), int32_t(tasks.size()), options.chunk_tiles, int64_t(chunk_task.size())};
+    if (options.lr != nullptr) rates_.assign(n_groups, {options.lr, options.lr_dtype});
+    const size_t size = table_.lay_out(plan, counters_, rates_);
+    memory_.resize(size + DeviceTable::kAlignment);
+    char* image = memory_.data();
+    image += DeviceTable::kAlignment - reinterpret_cast<uintptr_t>(image) % DeviceTable::kAlignment;
+    table_.write(image, image);
   }
 
-  void point_to_steps(Options* options) {
-    if (options->steps.empty()) return;
-    narrow_steps.assign(options->steps.begin(), options->steps.end());
-    for (DeviceTask& task : tasks) {
-      if (options->narrow_steps) {
-        task.step = &narrow_steps[task.place];
-      } else {
-        task.step = &options->steps[task.place];
-        task.step_dtype = DType::kFloat64;
-      }
-    }
+  const std::vector<Launch>& launches() const { return table_.launches(); }
+
+  std::vector<double> steps(const Options& options) const {
+    return options.narrow_steps ? std::vector<double>(narrow_.begin(), narrow_.end()) : wide_;
   }
 
-  void read_steps(Options* options) const {
-    if (!options->narrow_steps) return;
-    for (const DeviceTask& task : tasks) options->steps[task.place] = narrow_steps[task.place];
-  }
+ private:
+  DeviceTable table_;
+  std::vector<char> memory_;
+  std::vector<double> wide_;
+  std::vector<float> narrow_;
+  std::vector<DeviceCounter> counters_;
+  std::vector<DeviceRate> rates_;
 };
 
-bool in_double(const Task& task) { return task.param.dtype == DType::kFloat64; }
+// The tasks that begin on a stretch of a plan's line.
+struct Stretch {
+  std::vector<const Task*> tasks;
+  std::vector<int64_t> begin = {0};
+  Plan plan;
 
-// The tasks that begin on a stretch of the plan's line, by rule and type.
-using Tables = std::map<std::pair<int, bool>, Table>;
-
-Tables tables(const Plan& plan, int64_t begin, int64_t end) {
-  Tables result;
-  for (int64_t i = 0; i < plan.n_tasks; ++i) {
-    if (plan.begin[i] < begin || plan.begin[i] >= end) continue;
-    const Task& task = *plan.tasks[i];
-    result[{plan.groups[task.group].rule, in_double(task)}].add(task, i);
+  Stretch(const Plan& whole, int64_t from, int64_t to) {
+    for (int64_t i = 0; i < whole.n_tasks; ++i) {
+      if (whole.begin[i] < from || whole.begin[i] >= to) continue;
+      tasks.push_back(whole.tasks[i]);
+      begin.push_back(begin.back() + 1);
+    }
+    plan = {whole.groups, tasks.data(), int64_t(tasks.size()), begin.data(), whole.stages};
   }
-  return result;
-}
+};
 
 template <class T>
 struct Update {
@@ -137,42 +119,28 @@ struct Update {
   }
 };
 
-void update(const Plan& plan, int64_t begin, int64_t end, Options* options,
-            DeviceControl* control) {
-  Tables launches = tables(plan, begin, end);
-  for (auto& [kind, table] : launches) {
-    table.point_to_steps(options);
-    const bool last = kind == launches.rbegin()->first;
-    const UpdateArguments arguments = {table.line(plan, *options), options->stages, control, last};
-    if (kind.second) {
-      select_rule_or_stream<double>(kind.first, Update<double>{arguments, options->n_warps});
-    } else {
-      select_rule_or_stream<float>(kind.first, Update<float>{arguments, options->n_warps});
-    }
-    table.read_steps(options);
-  }
-}
-
-void update_range(const Plan& plan, int64_t, int64_t begin, int64_t end) {
+void update_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
+  const Stretch stretch(whole, begin, end);
   Options options;
-  options.stages.stages = plan.stages;
-  options.stages.divisor = 1 / plan.stages.grad_multiplier;
-  for (int64_t i = 0; i < plan.n_tasks; ++i) options.steps.push_back(plan.tasks[i]->step - 1);
+  options.stages.stages = whole.stages;
+  options.stages.divisor = 1 / whole.stages.grad_multiplier;
+  for (const Task* task : stretch.tasks) options.steps.push_back(task->step - 1);
   DeviceControl control = {};
-  update(plan, begin, end, &options, &control);
+  update(stretch.plan, &options, &control);
 }
 
-void accumulate_range(const Plan& plan, int64_t, int64_t begin, int64_t end) {
+void accumulate_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
+  const Stretch stretch(whole, begin, end);
   const Options options;
-  for (auto& [kind, table] : tables(plan, begin, end)) {
-    const DeviceLine line = table.line(plan, options);
+  const Image image(stretch.plan, options);
+  for (const Launch& launch : image.launches()) {
     for (int64_t i = 0; i < options.n_warps; ++i) {
-      if (kind.second) {
+      if (launch.in_double) {
         EmulatedWarp<LaneTile<double>> warp;
-        accumulate_warp<double>(line, warp, i, options.n_warps);
+        accumulate_warp<double>(launch.line, warp, i, options.n_warps);
       } else {
         EmulatedWarp<LaneTile<float>> warp;
-        accumulate_warp<float>(line, warp, i, options.n_warps);
+        accumulate_warp<float>(launch.line, warp, i, options.n_warps);
       }
     }
   }
@@ -181,15 +149,19 @@ void accumulate_range(const Plan& plan, int64_t, int64_t begin, int64_t end) {
 }  // namespace
 
 void measure(const Plan& plan, const Options& options, DeviceControl* control, double* grad_norm) {
-  Tables launches = tables(plan, 0, plan.begin[plan.n_tasks]);
-  for (auto& [kind, table] : launches) {
+  const Image image(plan, options);
+  for (const Launch& launch : image.launches()) {
     std::vector<double> partial(options.n_warps);
-    const bool first = kind == launches.begin()->first, last = kind == launches.rbegin()->first;
-    const MeasureArguments arguments = {
-        table.line(plan, options), options.stages, control, partial.data(), grad_norm, first, last};
+    const MeasureArguments arguments = {launch.line,
+                                        options.stages,
+                                        control,
+                                        partial.data(),
+                                        grad_norm,
+                                        &launch == &image.launches().front(),
+                                        &launch == &image.launches().back()};
     EmulatedWarp<LaneNorm> warp;
     for (int64_t i = 0; i < options.n_warps; ++i) {
-      if (kind.second) {
+      if (launch.in_double) {
         measure_warp<double>(arguments, warp, i, options.n_warps);
       } else {
         measure_warp<float>(arguments, warp, i, options.n_warps);
@@ -200,7 +172,17 @@ void measure(const Plan& plan, const Options& options, DeviceControl* control, d
 }
 
 void update(const Plan& plan, Options* options, DeviceControl* control) {
-  update(plan, 0, plan.begin[plan.n_tasks], options, control);
+  const Image image(plan, *options);
+  for (const Launch& launch : image.launches()) {
+    const bool last = &launch == &image.launches().back();
+    const UpdateArguments arguments = {launch.line, options->stages, control, last};
+    if (launch.in_double) {
+      select_rule_or_stream<double>(launch.rule, Update<double>{arguments, options->n_warps});
+    } else {
+      select_rule_or_stream<float>(launch.rule, Update<float>{arguments, options->n_warps});
+    }
+  }
+  options->steps = image.steps(*options);
 }
 
 const Kernels kKernels = {update_range,

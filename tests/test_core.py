@@ -42,7 +42,8 @@ def compile_core(folder: Path, flags: list[str]) -> Path:
             *setup.X86_KERNELS["cpu_avx2.cpp"],
             "-DFUSEDOPT_ISA=emulated",
         ]
-    sources = {CSRC / name: [] for name in ("cpu.cpp", "layout.cpp", "overlap.cpp")} | kernels
+    engines = ("cpu.cpp", "cuda_table.cpp", "layout.cpp", "overlap.cpp")
+    sources = {CSRC / name: [] for name in engines} | kernels
     sources[ROOT / "tests" / "core_test.cpp"] = []
     runs = [
         subprocess.Popen([*common, *extra, "-c", str(path), "-o", str(folder / f"{path.stem}.o")])
@@ -105,7 +106,7 @@ def test_layers() -> None:
         assert knows_python == (path.name in KNOWS_PYTHON), path.name
     kernel_files = [
         *("num.h", "random.h", "rules.h", "gradient.h", "norm.h", "quantize.h", "store.h"),
-        *("update.h", "select.h", "cpu.inl"),
+        *("update.h", "tile.h", "select.h", "cpu.inl", "cuda_plan.h", "cuda_warp.h"),
     ]
     own = {path.name for path in CSRC.iterdir()}
     for name in kernel_files:

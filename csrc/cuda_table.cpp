@@ -1,0 +1,151 @@
+#include "cuda_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+namespace fusedopt {
+namespace {
+
+int64_t tiles_of(const Task& task) { return (task.numel + kBlock - 1) / kBlock; }
+
+// Calls f(operand) for all operands of a task that the kernels may read or write.
+template <class F>
+void for_each_operand(DeviceTask& task, F&& f) {
+  f(task.task.param);
+  f(task.task.grad);
+  for (Operand& state : task.task.state) f(state);
+  f(task.extras.hidden);
+  f(task.extras.ema);
+  f(task.extras.grad_sum);
+}
+
+DeviceTask device_task(const Task& task, const DeviceCounter& counter, int64_t place) {
+  DeviceTask device;
+  device.task = task;
+  device.task.step = counter.first_step;
+  if (task.extras != nullptr) device.extras = *task.extras;
+  device.step = counter.step;
+  device.step_dtype = counter.dtype;
+  device.place = place;
+  return device;
+}
+
+class Cursor {
+ public:
+  template <class T>
+  size_t take(size_t count) {
+    const size_t begin = (at_ + alignof(T) - 1) / alignof(T) * alignof(T);
+    at_ = begin + count * sizeof(T);
+    return begin;
+  }
+
+  // The end of a part, and the beginning of the next.
+  size_t align() {
+    constexpr size_t k = DeviceTable::kAlignment;
+    return at_ = (at_ + k - 1) / k * k;
+  }
+
+ private:
+  size_t at_ = 0;
+};
+
+}  // namespace
+
+void DeviceTable::find_kinds(const Plan& plan) {
+  std::map<std::pair<int, bool>, std::vector<int64_t>> places;
+  n_groups_ = 0;
+  for (int64_t i = 0; i < plan.n_tasks; ++i) {
+    const Task& task = *plan.tasks[i];
+    n_groups_ = std::max<int64_t>(n_groups_, task.group + 1);
+    places[{plan.groups[task.group].rule, task.param.dtype == DType::kFloat64}].push_back(i);
+  }
+  kinds_.clear();
+  for (auto& [key, list] : places) {
+    Kind kind = {key.first, key.second, std::move(list)};
+    int64_t tiles = 0;
+    for (int64_t i : kind.places) tiles += tiles_of(*plan.tasks[i]);
+    kind.n_chunks = (tiles + chunk_tiles_ - 1) / chunk_tiles_;
+    kinds_.push_back(std::move(kind));
+  }
+}
+
+size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters,
+                            const std::vector<DeviceRate>& rates) {
+  plan_ = &plan, counters_ = &counters, rates_ = &rates;
+  find_kinds(plan);
+  Cursor cursor;
+  for (Kind& kind : kinds_) kind.grads = cursor.take<DeviceGrad>(kind.places.size());
+  grads_ = {0, cursor.align()};
+  cursor.take<DeviceGroup>(n_groups_);
+  groups_ = {grads_.end, cursor.align()};
+  layouts_.clear();
+  for (Kind& kind : kinds_) {
+    kind.tasks = cursor.take<DeviceTask>(kind.places.size());
+    kind.first_tile = cursor.take<int64_t>(kind.places.size() + 1);
+    kind.chunk_task = cursor.take<int32_t>(kind.n_chunks);
+    for (int64_t i : kind.places) {
+      DeviceTask task = device_task(*plan.tasks[i], counters[i], i);
+      for_each_operand(task, [&](const Operand& operand) {
+        if (operand.layout != nullptr) layouts_.push_back(cursor.take<Layout>(1));
+      });
+    }
+  }
+  tasks_ = {groups_.end, cursor.align()};
+  return tasks_.end;
+}
+
+void DeviceTable::write(char* image, const char* device) {
+  std::memset(image, 0, tasks_.end);  // so that images can be compared
+  const auto put = [&](size_t offset, const auto& value) {
+    std::memcpy(image + offset, &value, sizeof(value));
+  };
+  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
+  for (int64_t g = 0; g < n_groups_; ++g) {
+    DeviceGroup group;
+    group.group = plan_->groups[g];
+    if (!rates_->empty()) group.lr = (*rates_)[g].lr, group.lr_dtype = (*rates_)[g].dtype;
+    put(groups_.begin + g * sizeof(DeviceGroup), group);
+  }
+  launches_.clear();
+  size_t n_layouts = 0;
+  for (const Kind& kind : kinds_) {
+    int64_t tile = 0, chunk = 0;
+    for (size_t k = 0; k < kind.places.size(); ++k) {
+      const int64_t i = kind.places[k];
+      const Task& from = *plan_->tasks[i];
+      DeviceTask task = device_task(from, (*counters_)[i], i);
+      const size_t offset = kind.tasks + k * sizeof(DeviceTask);
+      if (from.extras != nullptr) {
+        task.task.extras = static_cast<const Extras*>(at(offset + offsetof(DeviceTask, extras)));
+      }
+      for_each_operand(task, [&](Operand& operand) {
+        if (operand.layout == nullptr) return;
+        put(layouts_[n_layouts], *operand.layout);
+        operand.layout = static_cast<const Layout*>(at(layouts_[n_layouts++]));
+      });
+      const DeviceGrad grad = {from.grad.data, from.extras != nullptr && from.extras->accumulated};
+      // These are the gradients' part.
+      task.task.grad.data = nullptr;
+      task.extras.accumulated = false;
+      put(offset, task);
+      put(kind.grads + k * sizeof(DeviceGrad), grad);
+      put(kind.first_tile + k * sizeof(int64_t), tile);
+      for (tile += tiles_of(from); chunk * chunk_tiles_ < tile; ++chunk) {
+        put(kind.chunk_task + chunk * sizeof(int32_t), int32_t(k));
+      }
+    }
+    put(kind.first_tile + kind.places.size() * sizeof(int64_t), tile);
+    launches_.push_back({kind.rule,
+                         kind.in_double,
+                         {static_cast<const DeviceTask*>(at(kind.tasks)),
+                          static_cast<const DeviceGrad*>(at(kind.grads)),
+                          static_cast<const DeviceGroup*>(at(groups_.begin)),
+                          static_cast<const int64_t*>(at(kind.first_tile)),
+                          static_cast<const int32_t*>(at(kind.chunk_task)),
+                          int32_t(kind.places.size()), chunk_tiles_, kind.n_chunks}});
+  }
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,81 @@
+// A Plan's tasks as the CUDA kernels read them: an image of device memory, made on the host.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cuda_plan.h"
+
+namespace fusedopt {
+
+// What a Plan does not say of a task.
+struct DeviceCounter {
+  void* step = nullptr;  // on the device; null: nothing counts the parameter's steps
+  DType dtype = DType::kFloat32;
+  double first_step = 0;  // where the counter stands before the first update
+};
+
+// Instead of a group's hyper[0], its learning rate on the device.
+struct DeviceRate {
+  const void* lr = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// The tasks that share a rule and an arithmetic type.
+struct Launch {
+  int rule;
+  bool in_double;
+  DeviceLine line;
+};
+
+// The image has three parts, which change at different times: gradients (at each step, perhaps),
+// groups (with the learning rate), and tasks (when parameters or state are others).
+class DeviceTable {
+ public:
+  struct Part {
+    size_t begin = 0, end = 0;
+  };
+
+  explicit DeviceTable(int32_t chunk_tiles) : chunk_tiles_(chunk_tiles) {}
+
+  // Lays the image out; counters go with tasks, rates (or none) with groups. Returns its size.
+  size_t lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters,
+                 const std::vector<DeviceRate>& rates);
+
+  // Writes it, for a place in device memory (aligned to kAlignment).
+  void write(char* image, const char* device);
+
+  // What has to be launched, when the image is at the place that write() was told.
+  const std::vector<Launch>& launches() const { return launches_; }
+
+  Part grads() const { return grads_; }
+  Part groups() const { return groups_; }
+  Part tasks() const { return tasks_; }
+
+  static constexpr size_t kAlignment = 256;
+
+ private:
+  // The tasks of one launch, and where its arrays are in the image.
+  struct Kind {
+    int rule;
+    bool in_double;
+    std::vector<int64_t> places;  // in the plan
+    int64_t n_chunks = 0;
+    size_t tasks = 0, grads = 0, first_tile = 0, chunk_task = 0;
+  };
+
+  void find_kinds(const Plan& plan);
+
+  int32_t chunk_tiles_;
+  const Plan* plan_ = nullptr;
+  const std::vector<DeviceCounter>* counters_ = nullptr;
+  const std::vector<DeviceRate>* rates_ = nullptr;
+  int64_t n_groups_ = 0;
+  std::vector<Kind> kinds_;
+  std::vector<Launch> launches_;
+  std::vector<size_t> layouts_;  // offsets, in the order in which write() meets them
+  Part grads_, groups_, tasks_;
+};
+
+}  // namespace fusedopt
