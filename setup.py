@@ -41,8 +41,8 @@ X86_KERNELS = {
         "-mprefer-vector-width=512",
     ],
 }
-# A GPU fuses multiply-adds where rules.h asks for them, too; its divisions and roots round correctly
-# unless one asks for faster ones.
+# A GPU, too, fuses multiply-adds where rules.h asks for them; its divisions and roots round
+# correctly unless one asks for faster ones.
 CUDA_KERNEL = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
