@@ -8,6 +8,9 @@
 //     length()                    the elements in it
 //     open(operand, buffer)       the part as T, in `buffer` or where it lies
 //     close(operand, tile)        writes it back
+//     in_place<T>(operand)        whether open() gives where it lies
+//     with_elements(operand, buffer, f)
+//                                 calls f(elements), as they are stored if that can be had
 //     read<Stored>(operand, buffer), write<Stored>(operand, fill)
 //                                 the same without conversion; fill(to) is told where to write
 //     scale(scales)               the tile's own among the scales of 8-bit state
