@@ -6,6 +6,11 @@ rebuilding compiles only what changed, on all cores.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS   the compiler, and flags to add
+    FUSEDOPT_CUDA            auto (default): kernels for CUDA when there is an nvcc; 1: stop when
+                             there is none; 0: none
+    FUSEDOPT_CUDA_ARCHS      for which architectures (default: 75,80,86,89,90,100,120); the last
+                             one's also as PTX, for later ones
+    CUDA_HOME                where CUDA is (default: that of the nvcc on the PATH)
     FUSEDOPT_BUILD_DIR       where object files go (default: build/fusedopt)
 """
 
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +33,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+SOURCES = ("cpu", "cuda_table", "layout", "overlap")
+PYTHON_SOURCES = ("bind", "describe", "device", "pytensor", "stepper")
 
 # -ffp-contract=off: fused multiply-adds where rules.h asks for them and nowhere else, so that
 # every instruction set rounds alike.
@@ -44,6 +53,8 @@ X86_KERNELS = {
 # A GPU, too, fuses multiply-adds where rules.h asks for them; its divisions and roots round
 # correctly unless one asks for faster ones.
 CUDA_KERNEL = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "75,80,86,89,90,100,120"
+CUDA_OLDEST = (12, 4)
 
 
 def find_nvcc() -> str | None:
@@ -52,6 +63,61 @@ def find_nvcc() -> str | None:
     if home:
         return shutil.which(str(Path(home, "bin", "nvcc")))
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def choose_cuda() -> str | None:
+    """The nvcc to build with, or None; says which, and exits when FUSEDOPT_CUDA=1 finds none."""
+    wanted = os.environ.get("FUSEDOPT_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"fusedopt: FUSEDOPT_CUDA={wanted} is none of auto, 1 and 0.")
+    if wanted == "0":
+        print("fusedopt: CUDA: no (FUSEDOPT_CUDA=0)")
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        found = f"no nvcc (CUDA_HOME={os.environ.get('CUDA_HOME', '')}, or on the PATH)"
+    else:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", text)
+        if release is not None and (int(release[1]), int(release[2])) >= CUDA_OLDEST:
+            print(f"fusedopt: CUDA {release[1]}.{release[2]} ({nvcc}) for {cuda_archs()}")
+            return nvcc
+        found = f"{nvcc} is not of CUDA {CUDA_OLDEST[0]}.{CUDA_OLDEST[1]} or later"
+    if wanted == "1":
+        sys.exit(f"fusedopt: FUSEDOPT_CUDA=1, but {found}.")
+    print(f"fusedopt: CUDA: {found}; kernels for the CPU only")
+    return None
+
+
+def cuda_archs() -> str:
+    """The architectures, as numbers with commas; exits when they are not such."""
+    archs = os.environ.get("FUSEDOPT_CUDA_ARCHS") or CUDA_ARCHS
+    if not re.fullmatch(r"\d+[af]?(,\d+[af]?)*", archs):
+        sys.exit(f"fusedopt: FUSEDOPT_CUDA_ARCHS={archs} is not like {CUDA_ARCHS}.")
+    return archs
+
+
+def cuda_flags(archs: str) -> list[str]:
+    """What nvcc is told beside the files."""
+    names = archs.split(",")
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
+    ptx = f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"
+    return [*CUDA_KERNEL, *targets, ptx, f'-DFUSEDOPT_CUDA_ARCHS="{archs}"']
+
+
+def cuda_libraries(nvcc: str) -> list[str]:
+    """The static runtime: nothing of CUDA has to be installed where the extension is used."""
+    # nvcc may be a link or a script, but knows where it belongs.
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, cwd=tempfile.gettempdir()
+    ).stderr
+    top = re.findall(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    folders = [Path(home, name) for home in top for name in ("lib64", "lib")]
+    folders += [Path(folder) for folder in re.findall(r'"-L(.+?)"', plan)]
+    for folder in folders:
+        if (folder / "libcudart_static.a").exists():
+            return [str(folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+    sys.exit(f"fusedopt: libcudart_static.a is in none of {', '.join(map(str, folders))}.")
 
 
 def find_compiler() -> list[str]:
@@ -118,14 +184,16 @@ class BuildExt(build_ext):
         if not compiles(compiler, openmp, "#include <omp.h>\nint main() { omp_get_thread_num(); }"):
             print("fusedopt: no OpenMP in this compiler; steps will run on one thread.")
             openmp = []
+        nvcc = choose_cuda()
         x86 = builds_x86_kernels(compiler)
         print(f"fusedopt: kernels for {'base, avx2, avx512' if x86 else 'base'}")
 
         kernels = {"cpu_base.cpp": [], **(X86_KERNELS if x86 else {})}
         python = ["-isystem", include, "-isystem", pybind11.get_include()]
         flags = {
-            **{f"{name}.cpp": python for name in ("bind", "describe", "pytensor", "stepper")},
-            **{source: [] for source in ("cpu.cpp", "layout.cpp", "overlap.cpp")},
+            **{f"{name}.cpp": python for name in PYTHON_SOURCES},
+            **{f"{name}.cpp": [] for name in SOURCES},
+            **({} if nvcc else {"no_cuda.cpp": []}),
             **{source: KERNEL + isa for source, isa in kernels.items()},
         }
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -135,7 +203,8 @@ class BuildExt(build_ext):
             if sys.platform == "darwin"
             else ["-shared"]
         )
-        link += openmp + shlex.split(os.environ.get("LDFLAGS", ""))
+        link += openmp + (cuda_libraries(nvcc) if nvcc else [])
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
 
         lines = [
             "ninja_required_version = 1.5",
@@ -145,6 +214,12 @@ class BuildExt(build_ext):
             f"rule link\n  command = {ninja_quote(compiler)} $in {ninja_quote(link)} -o $out",
             "  description = link $out",
         ]
+        if nvcc:
+            command = [nvcc, *cuda_flags(cuda_archs()), "--threads=0"]
+            lines += [
+                f"rule cuda\n  command = {ninja_quote(command)} -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc\n  description = compile $in (takes minutes)",
+            ]
 
         def path(p: Path) -> str:
             return str(p).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
@@ -153,6 +228,9 @@ class BuildExt(build_ext):
         for source, object_file in zip(flags, objects, strict=True):
             lines.append(f"build {object_file}: compile {path(ROOT / 'csrc' / source)}")
             lines.append(f"  flags = {ninja_quote(common + flags[source])}")
+        if nvcc:
+            lines.append(f"build cuda.o: cuda {path(ROOT / 'csrc' / 'cuda.cu')}")
+            objects.append("cuda.o")
         lines.append(f"build {path(target)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 

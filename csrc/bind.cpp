@@ -1,6 +1,8 @@
 // The module.
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
+#include <memory>
 #include <string>
 
 #include "convert.h"
@@ -15,8 +17,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(cpu_isa()); });
   m.def("cpu_isas", [] { return std::string(cpu_isas()); });
   m.def("cpu_has_threads", &cpu_has_threads);
+  m.def("cuda_architectures", [] { return std::string(cuda_architectures()); });
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("device_type", [] { return std::string(cuda_kind().torch); });
+  m.def(
+      "is_capturing",
+      [](int device) { return cuda_is_capturing({device, current_stream(device)}); },
+      py::arg("device"));
+  m.def("check_not_capturing", &check_not_capturing, py::arg("device"));
   m.def("family_states", &family_states, py::arg("family"));
   m.attr("BLOCK") = kBlock;
+  py::dict words;
+  words["total"] = offsetof(DeviceControl, total) / 8;
+  words["nonfinite"] = offsetof(DeviceControl, nonfinite) / 8;
+  words["found"] = offsetof(DeviceControl, found) / 8;
+  words["skipped"] = offsetof(DeviceControl, skipped) / 8;
+  words["norm"] = Device::kNormWord;
+  m.attr("REPORT_WORDS") = words;
 
   m.def(
       "close_windows", [](const py::dict& state) { close_windows(state.ptr()); }, py::arg("state"));
@@ -52,7 +69,11 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("l1", &StepOptions::l1);
 
   py::class_<Stepper>(m, "Stepper")
-      .def(py::init<const std::string&, py::object>(), py::arg("family"), py::arg("unshared"))
+      .def(py::init([](const std::string& family, const py::object& unshared,
+                       const py::object& allocate, const py::object& record) {
+             return std::make_unique<Stepper>(family, unshared, TensorMemory{allocate, record});
+           }),
+           py::arg("family"), py::arg("unshared"), py::arg("allocate"), py::arg("record"))
       .def("configure", &Stepper::configure, py::arg("options"))
       .def("begin", &Stepper::begin)
       .def("end", &Stepper::end)
@@ -64,7 +85,15 @@ PYBIND11_MODULE(_C, m) {
            py::arg("accumulate"))
       .def("has_grads", &Stepper::has_grads)
       .def("updated", &Stepper::updated)
-      .def("measure", &Stepper::measure, py::arg("threads"), py::arg("multiplier"))
-      .def("run", &Stepper::run, py::arg("threads"), py::arg("multiplier"), py::arg("stream"))
+      .def("has_host", &Stepper::has_host)
+      .def("devices", &Stepper::devices)
+      .def("prepare", &Stepper::prepare, py::arg("divisor"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("skip_nonfinite"))
+      .def("measure", &Stepper::measure, py::arg("threads"))
+      .def("finish_measure", &Stepper::finish_measure)
+      .def("host_norm", &Stepper::host_norm)
+      .def("reports", &Stepper::reports)
+      .def("name_of", &Stepper::name_of, py::arg("number"))
+      .def("run", &Stepper::run, py::arg("threads"), py::arg("stream"))
       .def("accumulate", &Stepper::accumulate, py::arg("threads"), py::arg("count"));
 }

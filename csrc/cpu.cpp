@@ -151,12 +151,10 @@ Norm cpu_measure(const Plan& plan, NormType type, int threads) {
   for (int64_t i = 0; i < plan.n_tasks; ++i) {
     for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c) {
       if (!chunks[c].finite && norm.nonfinite_task < 0) norm.nonfinite_task = i;
-      norm.value = type == NormType::kTwo ? norm.value + chunks[c].value
-                                          : base::maximum(norm.value, chunks[c].value);
+      norm.total = type == NormType::kTwo ? norm.total + chunks[c].value
+                                          : base::maximum(norm.total, chunks[c].value);
     }
   }
-  if (type == NormType::kTwo) norm.value = std::sqrt(norm.value);
-  norm.value *= plan.stages.grad_multiplier;
   return norm;
 }
 

@@ -2,6 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -114,76 +117,184 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   accumulate_warp<T>(line, warp, warp_number(), warp_count());
 }
 
+// Bytes on their way to the device, as a kernel's arguments: at most 4 KiB of these, or 32 KiB
+// with drivers for CUDA 12.1 and later.
+template <size_t kBytes>
+struct alignas(kUploadUnit) Parcel {
+  char bytes[kBytes];
+};
+constexpr size_t kSmallParcel = 4096 - 64, kLargeParcel = 32768 - 64;
+
+// One unit for each thread.
+template <size_t kBytes>
+__global__ void upload_kernel(const __grid_constant__ Parcel<kBytes> parcel, uint4* to, unsigned n) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) to[i] = reinterpret_cast<const uint4*>(parcel.bytes)[i];
+}
+
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // so that nobody else finds it
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-int processors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "the number of multiprocessors");
-  return count;
+// Makes a device the current one, until the end of a block.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "no current device");
+    if (before_ == device) before_ = -1;
+    if (before_ >= 0) check(cudaSetDevice(device), "choosing a device");
+  }
+  ~OnDevice() {
+    if (before_ >= 0) (void)cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_;
+};
+
+// What make(device) returns, asked for only once for each device.
+template <class Make>
+auto once_per_device(int device, Make&& make) {
+  static std::mutex mutex;
+  static std::map<int, decltype(make(device))> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known[device] = make(device);
+}
+
+int processors(int device) {
+  return once_per_device(device, [](int device) {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "the number of multiprocessors");
+    return count;
+  });
 }
 
 // At most this many threads run on a multiprocessor, whatever its kind.
 constexpr int kMaxBlocks = 2048 / kBlockThreads;
 
+// The blocks of a kernel that run at a time on the current device.
+template <auto kKernel>
+int64_t resident_blocks(int device) {
+  return once_per_device(device, [](int device) {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kBlockThreads, 0),
+          "the occupancy of a kernel");
+    return int64_t(processors(device)) * std::min(std::max(blocks, 1), kMaxBlocks);
+  });
+}
+
 // One grid of as many blocks as run at a time, or fewer when there is less to do.
-template <class Arguments>
-void launch(void (*kernel)(const Arguments), const Arguments& arguments, int64_t n_chunks,
-            CudaStream stream) {
-  int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kBlockThreads, 0),
-        "the occupancy of a kernel");
+template <auto kKernel, class Arguments>
+void launch(const CudaQueue& queue, const Arguments& arguments, int64_t n_chunks) {
+  const OnDevice on(queue.device);
   const int64_t wanted = (n_chunks + kBlockWarps - 1) / kBlockWarps;
-  const int64_t most = int64_t(processors()) * std::min(std::max(per_processor, 1), kMaxBlocks);
+  const int64_t most = resident_blocks<kKernel>(queue.device);
   const unsigned blocks = unsigned(std::max<int64_t>(1, std::min(wanted, most)));
-  kernel<<<blocks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  kKernel<<<blocks, kBlockThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(arguments);
   check(cudaGetLastError(), "a launch failed");
 }
 
 template <class T>
 struct LaunchUpdate {
+  const CudaQueue& queue;
   const UpdateArguments& arguments;
-  CudaStream stream;
 
   template <class Rule>
   void run() const {
-    launch(update_kernel<Rule, T>, arguments, arguments.line.n_chunks, stream);
+    launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks);
   }
 };
 
+template <size_t kBytes>
+void upload(cudaStream_t stream, char* to, const char* from, size_t bytes) {
+  Parcel<kBytes> parcel;
+  for (size_t at = 0; at < bytes; at += kBytes) {
+    const size_t size = std::min(kBytes, bytes - at);
+    std::memcpy(parcel.bytes, from + at, size);
+    const unsigned n = unsigned(size / kUploadUnit);
+    const unsigned blocks = (n + kBlockThreads - 1) / kBlockThreads;
+    upload_kernel<kBytes>
+        <<<blocks, kBlockThreads, 0, stream>>>(parcel, reinterpret_cast<uint4*>(to + at), n);
+    check(cudaGetLastError(), "an upload failed");
+  }
+}
+
 }  // namespace cuda
+
+DeviceKind cuda_kind() { return {2, "cuda"}; }
+
+const char* cuda_architectures() { return FUSEDOPT_CUDA_ARCHS; }
 
 int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
-  (void)cudaGetLastError();  // so that nobody else finds it
+  (void)cudaGetLastError();
   return 0;
 }
 
-int64_t cuda_max_warps() {
-  return int64_t(cuda::processors()) * cuda::kMaxBlocks * cuda::kBlockWarps;
+bool cuda_runs_on(int device) {
+  return cuda::once_per_device(device, [](int device) {
+    const cuda::OnDevice on(device);
+    cudaFuncAttributes attributes;
+    const bool runs =
+        cudaFuncGetAttributes(&attributes, cuda::accumulate_kernel<float>) == cudaSuccess;
+    (void)cudaGetLastError();
+    return runs;
+  });
 }
 
-void cuda_update(int rule, bool in_double, const UpdateArguments& arguments, CudaStream stream) {
+bool cuda_is_capturing(const CudaQueue& queue) {
+  const cuda::OnDevice on(queue.device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cuda::check(cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &status),
+              "the state of a stream");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+int64_t cuda_max_warps(int device) {
+  return int64_t(cuda::processors(device)) * cuda::kMaxBlocks * cuda::kBlockWarps;
+}
+
+void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes) {
+  const cuda::OnDevice on(queue.device);
+  static const bool large = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+  }();
+  const auto upload = large ? cuda::upload<cuda::kLargeParcel> : cuda::upload<cuda::kSmallParcel>;
+  upload(static_cast<cudaStream_t>(queue.stream), static_cast<char*>(to),
+         static_cast<const char*>(from), bytes);
+}
+
+void cuda_update(const CudaQueue& queue, int rule, bool in_double,
+                 const UpdateArguments& arguments) {
   if (in_double) {
-    cuda::select_rule<double>(rule, cuda::LaunchUpdate<double>{arguments, stream});
+    cuda::select_rule<double>(rule, cuda::LaunchUpdate<double>{queue, arguments});
   } else {
-    cuda::select_rule<float>(rule, cuda::LaunchUpdate<float>{arguments, stream});
+    cuda::select_rule<float>(rule, cuda::LaunchUpdate<float>{queue, arguments});
   }
 }
 
-void cuda_measure(bool in_double, const MeasureArguments& arguments, CudaStream stream) {
-  const auto kernel = in_double ? cuda::measure_kernel<double> : cuda::measure_kernel<float>;
-  cuda::launch(kernel, arguments, arguments.line.n_chunks, stream);
+void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments) {
+  const int64_t n = arguments.line.n_chunks;
+  if (in_double) {
+    cuda::launch<cuda::measure_kernel<double>>(queue, arguments, n);
+  } else {
+    cuda::launch<cuda::measure_kernel<float>>(queue, arguments, n);
+  }
 }
 
-void cuda_accumulate(bool in_double, const DeviceLine& line, CudaStream stream) {
-  const auto kernel = in_double ? cuda::accumulate_kernel<double> : cuda::accumulate_kernel<float>;
-  cuda::launch(kernel, line, line.n_chunks, stream);
+void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line) {
+  if (in_double) {
+    cuda::launch<cuda::accumulate_kernel<double>>(queue, line, line.n_chunks);
+  } else {
+    cuda::launch<cuda::accumulate_kernel<float>>(queue, line, line.n_chunks);
+  }
 }
 
 }  // namespace fusedopt

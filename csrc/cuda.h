@@ -1,27 +1,56 @@
 // The CUDA engine: launches of the kernels of cuda.cu.
 //
-// Nothing here waits for a device, allocates or copies: all memory, and the plan in it
-// (cuda_plan.h), is the caller's, and everything happens in the order of the stream.
+// Nothing here waits for a device or allocates: all memory, and the plan in it (cuda_plan.h), is
+// the caller's, and everything happens in the order of a stream.
+//
+// A build without CUDA has no_cuda.cpp instead; tests have one that runs on the CPU.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "cuda_plan.h"
 
 namespace fusedopt {
 
-// A CUDA stream, of a device that is the current one.
-using CudaStream = void*;
+// What the devices are called.
+struct DeviceKind {
+  int32_t dlpack;     // in a DLPack description; -1 in a build without CUDA
+  const char* torch;  // a torch.device's type; empty in a build without CUDA
+};
+
+DeviceKind cuda_kind();
+
+// The architectures that the kernels were compiled for, as setup.py was told.
+const char* cuda_architectures();
 
 // Devices that the driver offers; 0 also when there is no driver.
 int cuda_device_count();
 
-// Warps that a launch has at most, on the current device: as many as run at a time. The length of
-// MeasureArguments.partial.
-int64_t cuda_max_warps();
+// Whether the kernels run on a device: not when it is of another architecture.
+bool cuda_runs_on(int device);
 
-void cuda_update(int rule, bool in_double, const UpdateArguments& arguments, CudaStream stream);
-void cuda_measure(bool in_double, const MeasureArguments& arguments, CudaStream stream);
-void cuda_accumulate(bool in_double, const DeviceLine& line, CudaStream stream);
+// Where launches go.
+struct CudaQueue {
+  int device;
+  void* stream;  // a cudaStream_t
+};
+
+// Whether what goes there is recorded into a graph instead of done.
+bool cuda_is_capturing(const CudaQueue& queue);
+
+// Warps that a launch on a device has at most: as many as run at a time. The length of
+// MeasureArguments.partial.
+int64_t cuda_max_warps(int device);
+
+// Copies to device memory, in multiples of kUploadUnit bytes and aligned to that. The bytes travel
+// as arguments of kernels: nothing has to be kept, and a graph holds them.
+constexpr size_t kUploadUnit = 16;
+void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes);
+
+void cuda_update(const CudaQueue& queue, int rule, bool in_double,
+                 const UpdateArguments& arguments);
+void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments);
+void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line);
 
 }  // namespace fusedopt

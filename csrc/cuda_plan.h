@@ -41,10 +41,14 @@ struct DeviceLine {
   int64_t n_chunks;
 };
 
+// While measuring, non-finite gradients are noted as this less their task's place, so that the
+// largest number is the first's.
+constexpr uint64_t kFirstPlace = uint64_t(1) << 32;
+
 // Between the launches of a step, and from step to step. All zeros at first.
 struct DeviceControl {
   double total;           // the squares' sum, or the largest magnitude, of all gradients
-  uint64_t nonfinite;     // while measuring: where the first gradient is that is not finite
+  uint64_t nonfinite;     // while measuring: kFirstPlace less the first's place; 0: none
   uint64_t found;         // 1 + its place; 0: all are finite
   uint64_t skipped;       // counts skipped steps
   uint32_t blocks_ready;  // of the launch that runs

@@ -21,15 +21,21 @@ void for_each_operand(DeviceTask& task, F&& f) {
   f(task.extras.grad_sum);
 }
 
-DeviceTask device_task(const Task& task, const DeviceCounter& counter, int64_t place) {
+DeviceTask device_task(const Task& task, const DeviceCounter& counter) {
   DeviceTask device;
   device.task = task;
   device.task.step = counter.first_step;
   if (task.extras != nullptr) device.extras = *task.extras;
   device.step = counter.step;
   device.step_dtype = counter.dtype;
-  device.place = place;
+  device.place = counter.place;
   return device;
+}
+
+// (Padding may differ between equal values. Then a part that has not changed is copied again.)
+template <class T>
+void put(char* image, size_t offset, const T& value) {
+  std::memcpy(image + offset, &value, sizeof(value));
 }
 
 class Cursor {
@@ -66,14 +72,15 @@ void DeviceTable::find_kinds(const Plan& plan) {
     Kind kind = {key.first, key.second, std::move(list)};
     int64_t tiles = 0;
     for (int64_t i : kind.places) tiles += tiles_of(*plan.tasks[i]);
-    kind.n_chunks = (tiles + chunk_tiles_ - 1) / chunk_tiles_;
+    // Enough chunks for the warps to end at about the same time.
+    const int64_t share = tiles / std::max<int64_t>(1, 16 * n_warps_);
+    kind.chunk_tiles = std::max<int64_t>(1, std::min(share, most_tiles_));
+    kind.n_chunks = (tiles + kind.chunk_tiles - 1) / kind.chunk_tiles;
     kinds_.push_back(std::move(kind));
   }
 }
 
-size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters,
-                            const std::vector<DeviceRate>& rates) {
-  plan_ = &plan, counters_ = &counters, rates_ = &rates;
+size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters) {
   find_kinds(plan);
   Cursor cursor;
   for (Kind& kind : kinds_) kind.grads = cursor.take<DeviceGrad>(kind.places.size());
@@ -86,7 +93,7 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
     kind.first_tile = cursor.take<int64_t>(kind.places.size() + 1);
     kind.chunk_task = cursor.take<int32_t>(kind.n_chunks);
     for (int64_t i : kind.places) {
-      DeviceTask task = device_task(*plan.tasks[i], counters[i], i);
+      DeviceTask task = device_task(*plan.tasks[i], counters[i]);
       for_each_operand(task, [&](const Operand& operand) {
         if (operand.layout != nullptr) layouts_.push_back(cursor.take<Layout>(1));
       });
@@ -96,47 +103,58 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
   return tasks_.end;
 }
 
-void DeviceTable::write(char* image, const char* device) {
-  std::memset(image, 0, tasks_.end);  // so that images can be compared
-  const auto put = [&](size_t offset, const auto& value) {
-    std::memcpy(image + offset, &value, sizeof(value));
-  };
-  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
+void DeviceTable::write_grads(const Plan& plan, char* image) const {
+  std::memset(image + grads_.begin, 0, grads_.end - grads_.begin);
+  for (const Kind& kind : kinds_) {
+    for (size_t k = 0; k < kind.places.size(); ++k) {
+      const Task& task = *plan.tasks[kind.places[k]];
+      const bool accumulated = task.extras != nullptr && task.extras->accumulated;
+      put(image, kind.grads + k * sizeof(DeviceGrad), DeviceGrad{task.grad.data, accumulated});
+    }
+  }
+}
+
+void DeviceTable::write_groups(const Plan& plan, const std::vector<DeviceRate>& rates,
+                               char* image) const {
+  std::memset(image + groups_.begin, 0, groups_.end - groups_.begin);
   for (int64_t g = 0; g < n_groups_; ++g) {
     DeviceGroup group;
-    group.group = plan_->groups[g];
-    if (!rates_->empty()) group.lr = (*rates_)[g].lr, group.lr_dtype = (*rates_)[g].dtype;
-    put(groups_.begin + g * sizeof(DeviceGroup), group);
+    group.group = plan.groups[g];
+    if (!rates.empty()) group.lr = rates[g].lr, group.lr_dtype = rates[g].dtype;
+    put(image, groups_.begin + g * sizeof(DeviceGroup), group);
   }
+}
+
+void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>& counters,
+                              char* image, const char* device) {
+  std::memset(image + tasks_.begin, 0, tasks_.end - tasks_.begin);
+  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
   launches_.clear();
   size_t n_layouts = 0;
   for (const Kind& kind : kinds_) {
     int64_t tile = 0, chunk = 0;
     for (size_t k = 0; k < kind.places.size(); ++k) {
       const int64_t i = kind.places[k];
-      const Task& from = *plan_->tasks[i];
-      DeviceTask task = device_task(from, (*counters_)[i], i);
+      DeviceTask task = device_task(*plan.tasks[i], counters[i]);
       const size_t offset = kind.tasks + k * sizeof(DeviceTask);
-      if (from.extras != nullptr) {
+      if (task.task.extras != nullptr) {
         task.task.extras = static_cast<const Extras*>(at(offset + offsetof(DeviceTask, extras)));
       }
       for_each_operand(task, [&](Operand& operand) {
         if (operand.layout == nullptr) return;
-        put(layouts_[n_layouts], *operand.layout);
+        put(image, layouts_[n_layouts], *operand.layout);
         operand.layout = static_cast<const Layout*>(at(layouts_[n_layouts++]));
       });
-      const DeviceGrad grad = {from.grad.data, from.extras != nullptr && from.extras->accumulated};
       // These are the gradients' part.
       task.task.grad.data = nullptr;
       task.extras.accumulated = false;
-      put(offset, task);
-      put(kind.grads + k * sizeof(DeviceGrad), grad);
-      put(kind.first_tile + k * sizeof(int64_t), tile);
-      for (tile += tiles_of(from); chunk * chunk_tiles_ < tile; ++chunk) {
-        put(kind.chunk_task + chunk * sizeof(int32_t), int32_t(k));
+      put(image, offset, task);
+      put(image, kind.first_tile + k * sizeof(int64_t), tile);
+      for (tile += tiles_of(*plan.tasks[i]); chunk * kind.chunk_tiles < tile; ++chunk) {
+        put(image, kind.chunk_task + chunk * sizeof(int32_t), int32_t(k));
       }
     }
-    put(kind.first_tile + kind.places.size() * sizeof(int64_t), tile);
+    put(image, kind.first_tile + kind.places.size() * sizeof(int64_t), tile);
     launches_.push_back({kind.rule,
                          kind.in_double,
                          {static_cast<const DeviceTask*>(at(kind.tasks)),
@@ -144,7 +162,7 @@ void DeviceTable::write(char* image, const char* device) {
                           static_cast<const DeviceGroup*>(at(groups_.begin)),
                           static_cast<const int64_t*>(at(kind.first_tile)),
                           static_cast<const int32_t*>(at(kind.chunk_task)),
-                          int32_t(kind.places.size()), chunk_tiles_, kind.n_chunks}});
+                          int32_t(kind.places.size()), int32_t(kind.chunk_tiles), kind.n_chunks}});
   }
 }
 

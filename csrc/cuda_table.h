@@ -14,6 +14,7 @@ struct DeviceCounter {
   void* step = nullptr;  // on the device; null: nothing counts the parameter's steps
   DType dtype = DType::kFloat32;
   double first_step = 0;  // where the counter stands before the first update
+  int64_t place = 0;      // among all parameters of the step, for messages
 };
 
 // Instead of a group's hyper[0], its learning rate on the device.
@@ -37,16 +38,23 @@ class DeviceTable {
     size_t begin = 0, end = 0;
   };
 
-  explicit DeviceTable(int32_t chunk_tiles) : chunk_tiles_(chunk_tiles) {}
+  // `n_warps`, as many as run at a time, are to get several chunks each; but a chunk has at most
+  // `most_tiles`, and at least one.
+  explicit DeviceTable(int64_t n_warps, int64_t most_tiles = 64)
+      : n_warps_(n_warps), most_tiles_(most_tiles) {}
 
-  // Lays the image out; counters go with tasks, rates (or none) with groups. Returns its size.
-  size_t lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters,
-                 const std::vector<DeviceRate>& rates);
+  // Lays the image out, and returns its size. Counters go with tasks, rates (or none) with groups.
+  // Tasks without gradients may be among the plan's: they take no part.
+  size_t lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters);
 
-  // Writes it, for a place in device memory (aligned to kAlignment).
-  void write(char* image, const char* device);
+  // Write its parts, for a place in device memory (aligned to kAlignment), from the plan that
+  // lay_out() saw or, all but the tasks, from another one with the same tasks.
+  void write_grads(const Plan& plan, char* image) const;
+  void write_groups(const Plan& plan, const std::vector<DeviceRate>& rates, char* image) const;
+  void write_tasks(const Plan& plan, const std::vector<DeviceCounter>& counters, char* image,
+                   const char* device);
 
-  // What has to be launched, when the image is at the place that write() was told.
+  // What has to be launched, when the image is at the place that write_tasks() was told.
   const std::vector<Launch>& launches() const { return launches_; }
 
   Part grads() const { return grads_; }
@@ -61,20 +69,18 @@ class DeviceTable {
     int rule;
     bool in_double;
     std::vector<int64_t> places;  // in the plan
+    int64_t chunk_tiles = 1;
     int64_t n_chunks = 0;
     size_t tasks = 0, grads = 0, first_tile = 0, chunk_task = 0;
   };
 
   void find_kinds(const Plan& plan);
 
-  int32_t chunk_tiles_;
-  const Plan* plan_ = nullptr;
-  const std::vector<DeviceCounter>* counters_ = nullptr;
-  const std::vector<DeviceRate>* rates_ = nullptr;
+  int64_t n_warps_, most_tiles_;
   int64_t n_groups_ = 0;
   std::vector<Kind> kinds_;
   std::vector<Launch> launches_;
-  std::vector<size_t> layouts_;  // offsets, in the order in which write() meets them
+  std::vector<size_t> layouts_;  // offsets, in the order in which write_tasks() meets them
   Part grads_, groups_, tasks_;
 };
 

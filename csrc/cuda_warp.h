@@ -179,9 +179,6 @@ struct LaneTile {
   uint32_t largest[kMaxStates];
 };
 
-// Non-finite gradients are noted as this less their task's place, so that the largest is the first.
-constexpr uint64_t kFirstPlace = uint64_t(1) << 32;
-
 // What a lane adds up.
 struct LaneNorm {
   double sum;
@@ -226,7 +223,7 @@ struct Verdict {
   }
 
   FUSEDOPT_HD double norm(const DeviceStages& device, double total) const {
-    return (device.norm == NormType::kTwo ? sqrt(total) : total) * stages.grad_multiplier;
+    return norm_of(device.norm, total, stages.grad_multiplier);
   }
 
   // After the measurement.

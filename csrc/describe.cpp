@@ -21,6 +21,11 @@ const Names& names() {
   return all;
 }
 
+const char* const kNoDevice = cuda_kind().dlpack < 0
+                                  ? "a parameter on another device than the CPU, and this build "
+                                    "of fusedopt has no CUDA kernels"
+                                  : "a parameter on a device that is neither the CPU nor CUDA";
+
 PyObject* hidden_name(WeightPrecision precision) {
   switch (precision) {
     case WeightPrecision::kMaster: return names().master;
@@ -39,11 +44,15 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
     case Reading::kOk: break;
     case Reading::kOther:
       return fall_back(place, "a parameter that is not a plain dense tensor"), false;
-    case Reading::kDevice:
-      return fall_back(place, "a parameter on another device than the CPU"), false;
+    case Reading::kDevice: return fall_back(place, kNoDevice), false;
     case Reading::kDType: return fall_back(place, "a parameter of an unusual dtype"), false;
   }
   if (!is_float(p.dtype)) return fall_back(place, "a parameter of an unusual dtype"), false;
+  if (p.device != kHost && !cuda_runs_on(p.device)) {
+    return fall_back(place, "a parameter on a CUDA device for which this build of fusedopt has no "
+                            "kernels (see FUSEDOPT_CUDA_ARCHS)"),
+           false;
+  }
   if (grad != nullptr) {
     switch (read_tensor(grad, &g)) {
       case Reading::kOk: break;
@@ -52,6 +61,7 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
       case Reading::kDevice: fail(place, "its gradient is on another device");
       case Reading::kDType: fail(place, "its gradient has an unusual dtype");
     }
+    if (g.device != p.device) fail(place, "its gradient is on another device");
     if (!is_float(g.dtype)) fail(place, "its gradient has an unusual dtype");
     if (!same_shape(p, g)) {
       fail(place, "its shape is " + shape_text(p) + ", its gradient's " + shape_text(g));
@@ -59,6 +69,7 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
     if (p.complex != g.complex) fail(place, "it and its gradient are not both complex");
   }
 
+  entry.device = p.device;
   Task& task = entry.task;
   Described found;
   if (!find_state(entry, place, param, p)) return false;
@@ -67,7 +78,9 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
   task.numel = count(p) * (p.complex ? 2 : 1);
   task.param = {p.data, p.dtype, nullptr};
   task.grad = {};
-  if (grad != nullptr) task.grad = {g.data, g.dtype, nullptr};
+  // A gradient of no elements may have no memory, but is there.
+  static char nothing;
+  if (grad != nullptr) task.grad = {g.data != nullptr ? g.data : &nothing, g.dtype, nullptr};
   // A lazily negated tensor of several elements has gaps: it is half of a complex one.
   bool plain = task.numel > 1 && !p.complex && is_row_major(p);
   plain = plain && (grad == nullptr || is_row_major(g));
@@ -106,6 +119,8 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
   const StepOptions& options = options_of_step_;
   if (!created_) entry.lacks_first = false;
   entry.task.first = entry.lacks_first;
+  entry.first_by_step = false;
+  entry.dampens = dampens();
   const WeightPrecision precision = precision_of(p);
   if (precision == WeightPrecision::kRemainder && p.dtype == DType::kFloat16) {
     fail(place, "weight_precision='remainder' does not work with float16");
@@ -168,7 +183,14 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
     if (n_states_ > 0 && !entry.states[0]) entry.lacks_first = family_->first_writes_state;
   }
   if (!accumulate_) {
-    if (!family_->counts_steps && (counts || coded)) entry.step = find(names().step);
+    if (p.device != kHost && n_states_ > 0 && entry.dampens) {
+      // A device may skip the first update, and tells nobody but the counter.
+      entry.first_by_step = !entry.states[0] || look_up(names().step);
+    }
+    if (p.device != kHost) entry.task.first = entry.first_by_step;
+    if (!family_->counts_steps && (counts || coded || entry.first_by_step)) {
+      entry.step = find(names().step);
+    }
     if (PyObject* name = hidden_name(precision)) extra(kHidden) = find(name);
     if (averages) extra(kEma) = find(names().ema);
   }
@@ -178,6 +200,12 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
     const py::object count = extra(kGradCount) = find(names().grad_count);
     const py::object sum = extra(kGradSum) = find(names().grad_sum);
     if (count && !sum) fail(place, "its state lacks 'grad_sum', but has 'grad_count'");
+  }
+  // Stock keeps counters on the CPU, too.
+  View step;
+  if (entry.step && read_tensor(entry.step.ptr(), &step) == Reading::kOk &&
+      step.device != p.device) {
+    missing.append(py::handle(names().step));
   }
   if (!missing.empty()) {
     missing_.append(py::make_tuple(place.group, place.index, missing));
@@ -192,7 +220,10 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
     View& view = found->view[found->n];
     if (read_tensor(object.ptr(), &view) != Reading::kOk) {
       fail(place, "state[" + quoted(name) +
-                      "] is not a dense floating-point tensor on the CPU, as it is itself");
+                      "] is not a dense floating-point tensor, as it is itself");
+    }
+    if (view.device != p.device) {
+      fail(place, "state[" + quoted(name) + "] is on another device");
     }
     if (!same_shape(view, p)) {
       fail(place, "state[" + quoted(name) + "] has the shape " + shape_text(view) + ", not " +
@@ -216,8 +247,9 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
   if (entry.step) {
     View view;
     if (read_tensor(entry.step.ptr(), &view) != Reading::kOk || !count_is_one(view) ||
-        (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64)) {
-      fail(place, "state['step'] is not a float32 or float64 tensor of one element on the CPU");
+        (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64) ||
+        view.device != p.device) {
+      fail(place, "state['step'] is not a float32 or float64 tensor of one element on its device");
     }
     entry.step_data = view.data;
     entry.step_dtype = view.dtype;
@@ -245,11 +277,9 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
   }
   const auto integer = [&](ExtraSlot slot, PyObject* name) -> int64_t* {
     if (!objects[slot]) return nullptr;
-    View view;
-    check_dtype(read_tensor(objects[slot].ptr(), &view) == Reading::kOk && count_is_one(view) &&
-                    view.dtype == DType::kInt64,
-                name, "an int64 tensor of one element on the CPU");
-    return reinterpret_cast<int64_t*>(view.data);
+    int64_t* const data = read_integer(objects[slot].ptr());
+    check_dtype(data != nullptr, name, "an int64 tensor of one element on the CPU");
+    return data;
   };
   extras.random_state = options_of_step_.random_state && objects[kSeed];
   entry.extra->grad_count = integer(kGradCount, names().grad_count);
@@ -258,7 +288,7 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
     if (!objects[kScale + k]) continue;
     View view;
     const bool ok = read_tensor(objects[kScale + k].ptr(), &view) == Reading::kOk &&
-                    view.dtype == DType::kFloat32 && !view.complex && is_row_major(view) &&
+                    view.device == p.device && view.dtype == DType::kFloat32 && !view.complex && is_row_major(view) &&
                     count(view) == (count(p) + kBlock - 1) / kBlock;
     if (!ok) {
       fail(place, "the scale of state[" + quoted(group_states_[k]) + "] is not a float32 tensor " +

@@ -30,14 +30,17 @@ struct Entry {
   py::object states[kMaxStates];
   py::object step;
   int rule = -1;
+  int device = kHost;
   bool known = false;  // described before, all in one shape: `shape` and `task` hold
   int64_t epoch = -1;  // when its state was found to be its own, and no one else's
   bool lacks_first = false;
+  bool dampens = false;        // Stepper::dampens()
+  bool first_by_step = false;  // state[0] has never been written as long as its "step" is 0
   const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,
   const void* grad_sizes = nullptr;   // for prefetch()
   Shape shape;
   DType step_dtype = DType::kFloat32;
-  char* step_data = nullptr;
+  char* step_data = nullptr;  // on the parameter's device
   Task task;
   std::unique_ptr<ExtraState> extra;
   std::unique_ptr<Layout[]> layouts;
@@ -51,6 +54,7 @@ struct Entry {
     epoch = -1;
   }
 
+  // (On the CPU.)
   double read_step() const {
     return step_dtype == DType::kFloat64 ? *reinterpret_cast<const double*>(step_data)
                                          : double(*reinterpret_cast<const float*>(step_data));

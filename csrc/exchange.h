@@ -18,7 +18,7 @@ struct Version {
   uint32_t minor;
 };
 
-enum DeviceType : int32_t { kCPU = 1, kCUDA = 2 };
+enum DeviceType : int32_t { kCPU = 1, kCUDA = 2, kPinnedHost = 3 };
 
 struct Device {
   int32_t type;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_table.h"
 #include "plan.h"
 #include "pytensor.h"
 #include "select.h"
@@ -55,6 +56,7 @@ class GroupOptions {
   PyObject* read(const FamilyOptions& options, PyObject* dict, int index) {
     PyObject* params = nullptr;
     if (!is_as_before(dict, &params)) {
+      seen_.clear();  // reading may end half-way
       read_all(options, dict, index);
       params = remember(dict);
     }
@@ -69,6 +71,20 @@ class GroupOptions {
 
   // Why torch's implementation has to take this group, or null.
   const char* fallback() const { return fallback_; }
+
+  // Which parameters on the CPU cannot be.
+  bool capturable() const { return capturable_; }
+
+  // Where the learning rate is when it is a tensor on a device: then hyper[0] is nan.
+  int rate_device() const { return rate_device_; }
+  const DeviceRate& rate() const { return rate_; }
+
+  // Its number, for which the device is waited for.
+  double read_rate() const {
+    const double rate = PyFloat_AsDouble(rate_tensor_.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return rate;
+  }
 
  private:
   static bool is_key(PyObject* key, const char* name) {
@@ -121,7 +137,9 @@ class GroupOptions {
   }
 
   void read_all(const FamilyOptions& options, PyObject* dict, int index) {
-    for (size_t i = 0; i < options.hyper.size(); ++i) {
+    read_rate_tensor(PyDict_GetItemWithError(dict, options.hyper[0].key.ptr()));
+    group_.hyper[0] = NAN;
+    for (size_t i = rate_device_ == kHost ? 0 : 1; i < options.hyper.size(); ++i) {
       group_.hyper[i] = number(dict, options.hyper[i], index);
     }
     int variant = 0;
@@ -138,9 +156,19 @@ class GroupOptions {
                               ": l1 is negative or not finite");
       }
     }
-    fallback_ = is_set(dict, "differentiable") ? "differentiable=True"
-                : is_set(dict, "capturable")   ? "capturable=True"
-                                               : nullptr;
+    fallback_ = is_set(dict, "differentiable") ? "differentiable=True" : nullptr;
+    capturable_ = is_set(dict, "capturable");
+  }
+
+  void read_rate_tensor(PyObject* lr) {
+    rate_device_ = kHost;
+    View view;
+    if (lr == nullptr || PyFloat_CheckExact(lr) || read_tensor(lr, &view) != Reading::kOk) return;
+    const bool known = view.dtype == DType::kFloat32 || view.dtype == DType::kFloat64;
+    if (view.device == kHost || !known || view.complex || count(view) != 1) return;
+    rate_device_ = view.device;
+    rate_ = {view.data, view.dtype};
+    rate_tensor_ = py::reinterpret_borrow<py::object>(lr);
   }
 
   static bool is_set(PyObject* dict, const char* key) {
@@ -172,6 +200,10 @@ class GroupOptions {
 
   Group group_;
   const char* fallback_ = nullptr;
+  bool capturable_ = false;
+  int rate_device_ = kHost;
+  DeviceRate rate_;
+  py::object rate_tensor_;
   // The dict's items when it was last read, in order; a null value for the parameters and
   // their names. Empty when
   // one of them could change unseen.

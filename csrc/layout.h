@@ -11,9 +11,12 @@
 
 namespace fusedopt {
 
+constexpr int kHost = -1;
+
 // A strided tensor of real or complex numbers; sizes and strides in elements.
 struct View {
   char* data;
+  int device;  // the CUDA device's number, or kHost
   DType dtype;
   bool complex;
   int ndim;

@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "num.h"
+#include "plan.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
 
@@ -21,6 +22,11 @@ FUSEDOPT_HD inline double add_square(double sum, T g) {
 FUSEDOPT_HD inline uint32_t magnitude_bits(float g) { return bit_cast<uint32_t>(g) & 0x7fffffffu; }
 FUSEDOPT_HD inline uint64_t magnitude_bits(double g) {
   return bit_cast<uint64_t>(g) & 0x7fffffffffffffffu;
+}
+
+// The norm, from the squares' sum or the largest magnitude of gradients that have yet to be multiplied.
+FUSEDOPT_HD inline double norm_of(NormType type, double total, double multiplier) {
+  return (type == NormType::kTwo ? sqrt(total) : total) * multiplier;
 }
 
 // The factor that torch.nn.utils.clip_grad_norm_ multiplies the gradients by: at most 1, and nan

@@ -96,9 +96,9 @@ constexpr int64_t kBlock = 256;
 
 enum class NormType : uint8_t { kNone, kTwo, kInfinity };
 
-// The norm of all gradients, as the rules would see them unclipped.
+// What a norm is made of (norm.h), and what else was seen on the way.
 struct Norm {
-  double value = 0;
+  double total = 0;             // the squares' sum, or the largest magnitude
   int64_t nonfinite_task = -1;  // the first whose gradient holds nan or inf; -1: none
 };
 

@@ -1,5 +1,6 @@
 #include "pytensor.h"
 
+#include "cuda.h"
 #include "exchange.h"
 
 namespace fusedopt {
@@ -11,6 +12,7 @@ struct Torch {
   PyObject* parameter_type = nullptr;
   PyObject* dispatch = nullptr;  // torch.Tensor.__torch_dispatch__
   PyGetSetDef* grad = nullptr;   // torch.Tensor.grad
+  int32_t device_type = -1;
 };
 
 Torch torch;
@@ -66,6 +68,7 @@ void bind_torch(py::object tensor_type, py::object parameter_type) {
   if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
     torch.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
   }
+  torch.device_type = cuda_kind().dlpack;
   torch.tensor_type = tensor_type.release().ptr();
   torch.parameter_type = parameter_type.release().ptr();
 }
@@ -93,7 +96,13 @@ Reading read_tensor(PyObject* object, View* view) {
     PyErr_Clear();
     return Reading::kOther;
   }
-  if (t.device.type != dlpack::kCPU) return Reading::kDevice;
+  if (t.device.type == dlpack::kCPU || t.device.type == dlpack::kPinnedHost) {
+    view->device = kHost;
+  } else if (t.device.type == torch.device_type) {
+    view->device = t.device.id;
+  } else {
+    return Reading::kDevice;
+  }
   view->complex = t.dtype.code == dlpack::kComplex;
   const int bits = view->complex ? t.dtype.bits / 2 : t.dtype.bits;
   if (!find_dtype(t.dtype.code, bits, &view->dtype)) return Reading::kDType;
@@ -103,6 +112,21 @@ Reading read_tensor(PyObject* object, View* view) {
   view->stride = t.strides;
   if (t.data == nullptr && count(*view) > 0) return Reading::kOther;  // no memory behind it
   return Reading::kOk;
+}
+
+int64_t* read_integer(PyObject* object) {
+  View view;
+  const bool ok = read_tensor(object, &view) == Reading::kOk && view.device == kHost &&
+                  view.dtype == DType::kInt64 && !view.complex && count(view) == 1;
+  return ok ? reinterpret_cast<int64_t*>(view.data) : nullptr;
+}
+
+void* current_stream(int device) {
+  void* stream = nullptr;
+  if (torch.api->current_stream(torch.device_type, device, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
 }
 
 bool is_lazy(PyObject* tensor) {

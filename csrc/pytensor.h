@@ -17,12 +17,18 @@ void bind_torch(py::object tensor_type, py::object parameter_type);
 enum class Reading {
   kOk,
   kOther,   // not a plain dense tensor: sparse, quantized, a wrapper subclass, ...
-  kDevice,  // not on the CPU
+  kDevice,  // neither on the CPU nor on a device that this build has kernels for
   kDType,   // not a type that the kernels know
 };
 
 // Describes a tensor; valid while it is not changed.
 Reading read_tensor(PyObject* object, View* view);
+
+// Where an int64 tensor of one element on the CPU has it; null for any other object.
+int64_t* read_integer(PyObject* object);
+
+// torch's current stream of a device.
+void* current_stream(int device);
 
 // A new reference to the parameter's gradient, or to None.
 PyObject* read_grad(PyObject* param);

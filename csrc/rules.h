@@ -41,6 +41,7 @@ struct Family {
   StateInfo states[3];
   bool counts_steps;        // keeps state["step"]
   bool first_writes_state;  // a missing state[0] is written, not read, by the first update
+  int first_hyper;          // unless this one is 0, that is not the same as reading zeros
 };
 
 // g + l2 * p, and exactly g when there is no decay, whatever p is.
@@ -62,7 +63,8 @@ struct L2Penalty {
 constexpr Family kAdamFamily = {
     "adam",       {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay?"},
     {"amsgrad?"}, {{"exp_avg", -1, false}, {"exp_avg_sq", -1, true}, {"max_exp_avg_sq", 0, true}},
-    true,         false};
+    true,         false,
+    -1};
 
 template <class T, bool kAmsgrad>
 struct Adam {
@@ -105,7 +107,8 @@ struct Adam {
 constexpr Family kSgdFamily = {
     "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov?"},
     {"momentum"}, {{"momentum_buffer", 0, false}},
-    false,        true};
+    false,        true,
+    2};
 
 template <class T, bool kMomentum>
 struct Sgd {
@@ -144,7 +147,8 @@ constexpr Family kRmspropFamily = {
     {"momentum", "centered?"},
     {{"square_avg", -1, true}, {"momentum_buffer", 0, false}, {"grad_avg", 1, false}},
     true,
-    false};
+    false,
+    -1};
 
 template <class T, bool kMomentum, bool kCentered>
 struct Rmsprop {
@@ -187,7 +191,7 @@ struct Rmsprop {
 // Adagrad: Duchi, Hazan & Singer 2011, the diagonal form of figure 1. The learning rate decays as
 // lr / (1 + lr_decay (t - 1)).
 constexpr Family kAdagradFamily = {
-    "adagrad", {"lr", "lr_decay", "eps", "weight_decay"}, {}, {{"sum", -1, true}}, true, false};
+    "adagrad", {"lr", "lr_decay", "eps", "weight_decay"}, {}, {{"sum", -1, true}}, true, false, -1};
 
 template <class T>
 struct Adagrad {

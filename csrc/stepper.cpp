@@ -1,6 +1,7 @@
 #include "stepper.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "cpu.h"
 #include "norm.h"
@@ -30,16 +31,12 @@ void close_windows(PyObject* state) {
   PyObject *param, *entries;
   while (PyDict_Next(state, &position, &param, &entries)) {
     PyObject* count = PyDict_Check(entries) ? PyDict_GetItemString(entries, "grad_count") : nullptr;
-    View view;
-    if (count != nullptr && read_tensor(count, &view) == Reading::kOk &&
-        view.dtype == DType::kInt64 && fusedopt::count(view) == 1) {
-      *reinterpret_cast<int64_t*>(view.data) = 0;
-    }
+    if (int64_t* const data = count == nullptr ? nullptr : read_integer(count)) *data = 0;
   }
 }
 
-Stepper::Stepper(const std::string& family_name, py::object unshared)
-    : unshared_(std::move(unshared)) {
+Stepper::Stepper(const std::string& family_name, py::object unshared, const TensorMemory& memory)
+    : unshared_(std::move(unshared)), memory_(memory) {
   const base::FamilyEntry& found = find_family(family_name);
   family_ = found.family;
   first_rule_ = found.first_rule;
@@ -94,8 +91,17 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     for (Py_ssize_t g = 0; g < PySequence_Fast_GET_SIZE(group_list.ptr()); ++g) {
       gather_group(int(g), PySequence_Fast_GET_ITEM(group_list.ptr(), g));
     }
+    if (described_) {
+      for (Part& part : parts_) part.changed = true;
+    }
     find_overlaps();
     if (overlaps_.any()) set_aside_overlaps();
+    has_host_ = false;
+    for (const Active& active : active_) {
+      const int device = entries_[active.entry].device;
+      if (device == kHost) has_host_ = true;
+      else part_of(device).active = true;
+    }
     if (seen != state && PyDict_SetItemString(attributes.ptr(), "_state_seen", state) != 0) {
       throw py::error_already_set();
     }
@@ -120,33 +126,137 @@ py::list Stepper::updated() const {
   return tensors;
 }
 
-py::object Stepper::measure(int threads, double multiplier) {
-  plan(multiplier);
-  Norm norm;
-  if (!tasks_.empty()) {
-    py::gil_scoped_release nogil;
-    norm = cpu_measure(plan_, options_of_step_.norm_type, threads);
+py::list Stepper::devices() const {
+  py::list devices;
+  for (const Part& part : parts_) {
+    if (part.active) devices.append(part.device.index());
   }
-  measured_ = true;
-  if (options_of_step_.max_grad_norm >= 0) {
-    clip_ = base::clip_coefficient(norm.value, options_of_step_.max_grad_norm);
-  }
-  if (norm.nonfinite_task < 0) return py::make_tuple(norm.value, py::none());
-  const Active& active = active_[norm.nonfinite_task];
-  PyObject* const dict = group_dicts_[active.group].ptr();
-  return py::make_tuple(norm.value, describe_place({active.group, active.index, dict}));
+  return devices;
 }
 
-void Stepper::run(int threads, double multiplier, bool stream) {
-  plan(multiplier);
+Stepper::Part& Stepper::part_of(int device) {
+  for (Part& part : parts_) {
+    if (part.device.index() == device) return part;
+  }
+  parts_.push_back({Device(device, memory_), {}, true, false, {}});
+  return parts_.back();
+}
+
+void Stepper::prepare(double divisor, const py::dict& grad_scale, const py::dict& found_inf,
+                      bool skip_nonfinite) {
+  const auto number_at = [](const py::dict& tensors, int device) -> const float* {
+    if (!tensors.contains(device)) return nullptr;
+    View view;
+    const py::object tensor = tensors[py::int_(device)];
+    if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != device ||
+        view.dtype != DType::kFloat32 || view.complex || count(view) != 1) {
+      throw py::type_error("grad_scale or found_inf is not a number in float32 on its device");
+    }
+    return reinterpret_cast<const float*>(view.data);
+  };
+  grad_scale_ = grad_scale, found_inf_ = found_inf;
+  plan(1 / divisor);
+  for (Part& part : parts_) {
+    if (!part.active) continue;
+    const StepOptions& options = options_of_step_;
+    part.stages.stages = plan_.stages;
+    part.stages.divisor = divisor;
+    part.stages.grad_scale = number_at(grad_scale, part.device.index());
+    part.stages.found_inf = number_at(found_inf, part.device.index());
+    part.stages.norm = options.norm_type;
+    part.stages.max_grad_norm = options.max_grad_norm;
+    part.stages.skip_nonfinite = skip_nonfinite;
+  }
+  load_devices();
+}
+
+py::list Stepper::measure(int threads) {
+  const auto n_parts = std::count_if(parts_.begin(), parts_.end(), [](auto& p) { return p.active; });
+  const bool alone = n_parts + has_host_ == 1;
+  py::list reports;
+  for (Part& part : parts_) {
+    if (!part.active) continue;
+    part.device.measure(part.stages, alone);
+    if (!alone) reports.append(part.device.report());
+  }
+  if (!tasks_.empty()) {
+    py::gil_scoped_release nogil;
+    norm_ = cpu_measure(plan_, options_of_step_.norm_type, threads);
+  }
+  if (norm_.nonfinite_task >= 0) norm_.nonfinite_task = plan_entries_[norm_.nonfinite_task];
+  measured_ = true;
+  if (alone || n_parts == 0) {
+    clip();
+  } else if (has_host_) {
+    DeviceControl* const control = host_control();
+    control->total = norm_.total;
+    control->nonfinite = norm_.nonfinite_task < 0 ? 0 : kFirstPlace - norm_.nonfinite_task;
+    reports.append(host_report_);
+  }
+  return reports;
+}
+
+DeviceControl* Stepper::host_control() {
+  if (!host_report_) host_report_ = memory_.allocate(sizeof(DeviceControl), kHost);
+  View view;
+  if (read_tensor(host_report_.ptr(), &view) != Reading::kOk || view.device != kHost) {
+    throw std::runtime_error("there is no memory");
+  }
+  return reinterpret_cast<DeviceControl*>(view.data);
+}
+
+void Stepper::finish_measure() {
+  for (Part& part : parts_) {
+    if (part.active) part.device.finish_measure(part.stages);
+  }
+  if (!has_host_) return;
+  const DeviceControl* const control = host_control();
+  norm_.total = control->total;
+  norm_.nonfinite_task = control->nonfinite == 0 ? -1 : int64_t(kFirstPlace - control->nonfinite);
+  clip();
+}
+
+void Stepper::clip() {
+  const double limit = options_of_step_.max_grad_norm;
+  if (limit >= 0) plan_.stages.clip_coefficient = base::clip_coefficient(norm(), limit);
+}
+
+double Stepper::norm() const {
+  return base::norm_of(options_of_step_.norm_type, norm_.total, plan_.stages.grad_multiplier);
+}
+
+py::dict Stepper::reports() const {
+  py::dict reports;
+  for (const Part& part : parts_) {
+    if (part.device.report()) reports[py::int_(part.device.index())] = part.device.report();
+  }
+  return reports;
+}
+
+std::string Stepper::name_of(int64_t number) const {
+  for (const Active& active : active_) {
+    if (active.entry != number) continue;
+    return describe_place({active.group, active.index, group_dicts_[active.group].ptr()});
+  }
+  throw py::index_error("no parameter of this step has that number");
+}
+
+void Stepper::run(int threads, bool stream) {
   if (stream) {
+    if (!devices().empty()) throw std::runtime_error("stream=True is for the CPU only");
     for (Group& group : groups_) group.rule = stream_rule(group.rule);
   }
   if (window_) close_windows(state_);
+  bool counts_skips = true;
+  for (Part& part : parts_) {
+    if (!part.active) continue;
+    part.device.update(part.stages, counts_skips);
+    counts_skips = false;
+  }
   if (!tasks_.empty()) {
     py::gil_scoped_release nogil;
-    for (const Active& active : active_) {
-      const Entry& entry = entries_[active.entry];
+    for (int32_t number : plan_entries_) {
+      const Entry& entry = entries_[number];
       if (entry.step) entry.write_step();
     }
     cpu_update(plan_, threads, measured_);
@@ -156,10 +266,14 @@ void Stepper::run(int threads, double multiplier, bool stream) {
 
 int64_t Stepper::accumulate(int threads, int64_t count) {
   plan(1);
-  const int64_t n = int64_t(tasks_.size());
-  if (n > 0) {
+  load_devices();
+  const int64_t n = int64_t(active_.size());
+  for (const Active& active : active_) *entries_[active.entry].extra->grad_count = count;
+  for (Part& part : parts_) {
+    if (part.active) part.device.accumulate();
+  }
+  if (!tasks_.empty()) {
     py::gil_scoped_release nogil;
-    for (const Active& active : active_) *entries_[active.entry].extra->grad_count = count;
     cpu_accumulate(plan_, threads);
   }
   for (const Active& active : active_) drop_grad(active.param);
@@ -170,14 +284,76 @@ int64_t Stepper::accumulate(int threads, int64_t count) {
 void Stepper::plan(double multiplier) {
   begin_.assign(1, 0);
   tasks_.clear();
+  plan_entries_.clear();
   for (const Active& active : active_) {
-    const Task& task = entries_[active.entry].task;
-    tasks_.push_back(&task);
-    begin_.push_back(begin_.back() + task.numel + kTaskOverhead);
+    const Entry& entry = entries_[active.entry];
+    if (entry.device != kHost) continue;
+    plan_entries_.push_back(active.entry);
+    tasks_.push_back(&entry.task);
+    begin_.push_back(begin_.back() + entry.task.numel + kTaskOverhead);
   }
   plan_ = {groups_.data(), tasks_.data(), int64_t(tasks_.size()), begin_.data(), {}};
   const StepOptions& options = options_of_step_;
-  plan_.stages = {multiplier, options.max_grad_value, clip_, options.ema_decay, options.ema_warmup};
+  plan_.stages = {multiplier, options.max_grad_value, 1, options.ema_decay, options.ema_warmup};
+}
+
+void Stepper::load_devices() {
+  for (Part& part : parts_) {
+    if (!part.active) continue;
+    part.device.begin();
+    if (has_host_ && part.device.capturing()) {
+      throw std::runtime_error(
+          "a step with parameters on the CPU cannot be captured in a CUDA graph");
+    }
+  }
+  for (Part& part : parts_) {
+    if (part.active) load(&part);
+  }
+}
+
+void Stepper::choose_rows(Part* part, const std::vector<int32_t>& wanted) const {
+  std::vector<int32_t> rows;
+  std::set_union(part->rows.begin(), part->rows.end(), wanted.begin(), wanted.end(),
+                 std::back_inserter(rows));
+  const auto is_gone = [&](int32_t number) {
+    return number > entry_ || entries_[number].device != part->device.index() ||
+           size_t(entries_[number].task.group) >= groups_.size();
+  };
+  rows.erase(std::remove_if(rows.begin(), rows.end(), is_gone), rows.end());
+  if (rows == part->rows) return;
+  part->rows = std::move(rows);
+  part->changed = true;
+}
+
+void Stepper::load(Part* part) {
+  const int device = part->device.index();
+  std::vector<int32_t> wanted;
+  for (const Active& active : active_) {
+    if (entries_[active.entry].device == device) wanted.push_back(active.entry);
+  }
+  choose_rows(part, wanted);
+
+  std::vector<const Task*> tasks;
+  std::vector<DeviceCounter> counters;
+  auto next = wanted.begin();
+  for (int32_t number : part->rows) {
+    Entry& entry = entries_[number];
+    if (next != wanted.end() && *next == number) {
+      ++next;
+    } else {
+      entry.task.grad.data = nullptr;
+      if (entry.extra != nullptr) entry.extra->extras.accumulated = false;
+    }
+    tasks.push_back(&entry.task);
+    counters.push_back({entry.step ? entry.step_data : nullptr, entry.step_dtype, 0, number});
+  }
+  std::vector<DeviceRate> rates(groups_.size());
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (options_[g].rate_device() == device) rates[g] = options_[g].rate();
+  }
+  const Plan plan = {groups_.data(), tasks.data(), int64_t(tasks.size()), nullptr, {}};
+  part->device.load(plan, counters, rates, !part->changed);
+  part->changed = false;
 }
 
 std::string Stepper::describe_place(const Place& place) {
@@ -238,11 +414,11 @@ void Stepper::gather_group(int index, PyObject* dict) {
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
     prefetch(entry_ + 1 + kAhead);
     if (size_t(++entry_) == entries_.size()) entries_.emplace_back();
-    gather_param({index, i, dict}, PySequence_Fast_GET_ITEM(params.ptr(), i), options.fallback());
+    gather_param({index, i, dict}, PySequence_Fast_GET_ITEM(params.ptr(), i));
   }
 }
 
-void Stepper::gather_param(const Place& place, PyObject* param, const char* group_reason) {
+void Stepper::gather_param(const Place& place, PyObject* param) {
   PyObject* grad = read_grad(param);
   Entry& entry = entries_[entry_];
   if (grad == Py_None) {
@@ -254,14 +430,21 @@ void Stepper::gather_param(const Place& place, PyObject* param, const char* grou
     has_grads_ = true;
   }
 
-  if (group_reason != nullptr) return fall_back(place, group_reason);
+  const GroupOptions& options = options_[place.group];
+  if (options.fallback() != nullptr) return fall_back(place, options.fallback());
+  if (options.capturable() && is_on_host(param)) return fall_back(place, "capturable=True");
   const bool known = is_as_before(entry, param, grad);
   if (!known) {
     described_ = true;
     if (!describe_param(entry, place, param, grad)) return;
   }
+  if (entry.task.group != place.group) described_ = true;
   entry.task.group = place.group;
-  if (entry.step) entry.task.step = entry.read_step() + 1;
+  if (entry.step && entry.device == kHost) entry.task.step = entry.read_step() + 1;
+  double& rate = groups_.back().hyper[0];
+  if (options.rate_device() != kHost && options.rate_device() != entry.device && rate != rate) {
+    rate = options.read_rate();
+  }
   if (entry.extra != nullptr) {
     const int64_t* count = entry.extra->grad_count;
     entry.extra->extras.accumulated = count != nullptr && *count > 0;
@@ -278,10 +461,8 @@ bool Stepper::has_window(const Entry& entry, PyObject* param) {
   PyObject* dict = state_of(param);
   PyObject* count =
       dict == nullptr || !PyDict_Check(dict) ? nullptr : PyDict_GetItemString(dict, "grad_count");
-  View view;
-  return count != nullptr && read_tensor(count, &view) == Reading::kOk &&
-         view.dtype == DType::kInt64 && count_is_one(view) &&
-         *reinterpret_cast<const int64_t*>(view.data) > 0;
+  const int64_t* const data = count == nullptr ? nullptr : read_integer(count);
+  return data != nullptr && *data > 0;
 }
 
 void Stepper::prefetch(int32_t number) const {
@@ -306,18 +487,21 @@ bool Stepper::is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
   View p, g;
   if (read_tensor(param, &p) != Reading::kOk) return false;
   if (!entry.shape.matches(p) || p.complex || p.dtype != entry.task.param.dtype) return false;
+  if (p.device != entry.device || dampens() != entry.dampens) return false;
   if (grad != nullptr) {
     if (read_tensor(grad, &g) != Reading::kOk) return false;
     if (!entry.shape.matches(g) || g.complex || !is_float(g.dtype)) return false;
+    if (g.device != p.device) return false;
+    if (g.dtype != entry.task.grad.dtype) described_ = true;
     entry.grad_sizes = g.size;
     entry.task.grad = {g.data, g.dtype, nullptr};
   } else {
-    entry.task.grad = {};
+    entry.task.grad.data = nullptr;
   }
   if (p.data != entry.task.param.data) described_ = true;  // it may overlap another one now
   entry.param_sizes = p.size;
   entry.task.param.data = p.data;
-  entry.task.first = false;
+  entry.task.first = entry.first_by_step;
   return true;
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "device.h"
 #include "entry.h"
 #include "groups.h"
 #include "layout.h"
@@ -45,7 +46,7 @@ class Stepper {
  public:
   // `unshared(tensor)` says whether a tensor is the only one on its memory, and has neither weak
   // references nor an exported storage.
-  Stepper(const std::string& family_name, py::object unshared);
+  Stepper(const std::string& family_name, py::object unshared, const TensorMemory& memory);
 
   Stepper(const Stepper&) = delete;
   Stepper& operator=(const Stepper&) = delete;
@@ -86,14 +87,35 @@ class Stepper {
   // state that is not certainly ours alone.
   py::list updated() const;
 
-  // The norm of the gradients times `multiplier`, and the place of the first that is not finite, or
-  // None. run() will clip by it.
-  py::object measure(int threads, double multiplier);
+  // Where the parameters are that gather() has found: any on the CPU, and on which devices.
+  bool has_host() const { return has_host_; }
+  py::list devices() const;
 
-  // Carries out what gather() found, on gradients times `multiplier`. With `stream` the rule is
-  // replaced by one that moves the same bytes and computes nothing of use: for benchmarks, on
-  // tensors that may be spoilt.
-  void run(int threads, double multiplier, bool stream);
+  // Prepares what follows: gradients are divided by `divisor` and, on a device, by the number at
+  // grad_scale[device]; a device skips the step when found_inf[device] is not 0 or, after
+  // measure() and with `skip_nonfinite`, when a gradient anywhere is not finite. (Elsewhere Python
+  // decides.) The tensors are float32, and need not be there.
+  void prepare(double divisor, const py::dict& grad_scale, const py::dict& found_inf,
+               bool skip_nonfinite);
+
+  // The norm of the gradients, by which run() will clip. When parameters are in several places,
+  // returns a report of each, and finish_measure() must follow when these have been made one.
+  py::list measure(int threads);
+  void finish_measure();
+
+  // The norm and the number (name_of()) of the first parameter whose gradient is not finite, or
+  // -1. Only when has_host(): otherwise they are in the devices' reports.
+  py::tuple host_norm() const { return py::make_tuple(norm(), norm_.nonfinite_task); }
+
+  // What the devices that took part in any step have reported: Device::report().
+  py::dict reports() const;
+
+  // Names a parameter of this step, for messages.
+  std::string name_of(int64_t number) const;
+
+  // Carries out what gather() found. With `stream` the rule is replaced by one that moves the same
+  // bytes and computes nothing of use: for benchmarks, on tensors that may be spoilt. (CPU only.)
+  void run(int threads, bool stream);
 
   // Adds the gradients that gather() found to the accumulated ones, which then come from `count`
   // micro-batches, and sets them to None. Returns how many there were.
@@ -125,18 +147,45 @@ class Stepper {
 #endif
   }
 
+  // What there is of one device: its parameters are, in its table, those of these numbers.
+  struct Part {
+    Device device;
+    std::vector<int32_t> rows;
+    bool changed = true;  // the table may hold other tasks than entries_
+    bool active = false;  // in this step,
+    DeviceStages stages;  // of which these are
+  };
+
   void release() {
     for (PyObject* grad : grads_) Py_DECREF(grad);
     grads_.clear();
     active_.clear();
     param_lists_.clear();
     group_dicts_.clear();
+    for (Part& part : parts_) part.active = false;
     measured_ = false;
-    clip_ = 1;
+    norm_ = {};
   }
 
-  // Puts the Plan together.
+  // Finds a device's part, or makes it.
+  Part& part_of(int device);
+
+  // Puts the Plan of the parameters on the CPU together.
   void plan(double multiplier);
+
+  // Brings the tables of the devices that take part up to date.
+  void load_devices();
+  void load(Part* part);
+
+  // Tasks stay in a table when they take no part in a step, so that those of which only some do
+  // at a time (a mixture of experts) need not be copied anew at each.
+  void choose_rows(Part* part, const std::vector<int32_t>& wanted) const;
+
+  // The CPU's report, for the others to be combined with.
+  DeviceControl* host_control();
+
+  double norm() const;
+  void clip();
 
   static std::string describe_place(const Place& place);
 
@@ -153,12 +202,17 @@ class Stepper {
 
   void gather_group(int index, PyObject* dict);
 
-  void gather_param(const Place& place, PyObject* param, const char* group_reason);
+  void gather_param(const Place& place, PyObject* param);
 
   // Whether the parameter has accumulated gradients.
   bool has_window(const Entry& entry, PyObject* param);
 
   static bool count_is_one(const View& view) { return !view.complex && count(view) == 1; }
+
+  static bool is_on_host(PyObject* tensor) {
+    View view;
+    return read_tensor(tensor, &view) == Reading::kOk && view.device == kHost;
+  }
 
   static constexpr int32_t kAhead = 8;
 
@@ -219,6 +273,11 @@ class Stepper {
 
   void find_overlaps();
 
+  // Whether reading zeros would make the first update of state[0] another one.
+  bool dampens() const {
+    return family_->first_hyper >= 0 && groups_.back().hyper[family_->first_hyper] != 0;
+  }
+
   // torch updates one parameter after the other, so it can take these.
   void set_aside_overlaps();
 
@@ -250,9 +309,15 @@ class Stepper {
   Overlaps overlaps_;
   std::vector<int32_t> checked_;  // the entries whose overlaps are known
 
+  TensorMemory memory_;
+  std::vector<Part> parts_;
+
   // Of the step being taken.
   Plan plan_{};
-  double clip_ = 1;
+  std::vector<int32_t> plan_entries_;  // of its tasks
+  Norm norm_;
+  py::dict grad_scale_, found_inf_;
+  py::object host_report_;
   bool measured_ = false;
   std::vector<Group> groups_;
   std::vector<py::object> group_dicts_;
@@ -269,6 +334,7 @@ class Stepper {
   bool window_ = false;
   bool accumulate_ = false;
   bool has_grads_ = false;
+  bool has_host_ = false;
   bool described_ = false;  // something may lie elsewhere than when overlaps were last looked for
   bool busy_ = false;
 

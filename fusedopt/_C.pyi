@@ -17,6 +17,24 @@ def cpu_isas() -> str:
 def cpu_has_threads() -> bool:
     """False in a build without OpenMP."""
 
+def device_type() -> str:
+    """The torch.device type that there are kernels for beside the CPU's; empty without CUDA."""
+
+def cuda_architectures() -> str:
+    """Those that the CUDA kernels were compiled for, as setup.py was told."""
+
+def cuda_device_count() -> int:
+    """Devices that the driver offers; 0 also without a driver."""
+
+def is_capturing(device: int) -> bool:
+    """Whether the device's current stream records a graph."""
+
+def check_not_capturing(device: int) -> None:
+    """RuntimeError when it does: for the first step, which must not be repeated by replays."""
+
+REPORT_WORDS: dict[str, int]
+"""Where a device's report has what: "total", "nonfinite", "found", "skipped", "norm"."""
+
 def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
@@ -83,8 +101,18 @@ class StepOptions:
 class Stepper:
     """Takes the steps of one optimizer: begin(), gather(), measure(), run(), end()."""
 
-    def __init__(self, family: str, unshared: Callable[[torch.Tensor], bool]) -> None:
-        """unshared(tensor): whether nothing else leads to the tensor's memory."""
+    def __init__(
+        self,
+        family: str,
+        unshared: Callable[[torch.Tensor], bool],
+        allocate: Callable[[int, int], torch.Tensor],
+        record: Callable[[torch.Tensor, int], None],
+    ) -> None:
+        """unshared(tensor): whether nothing else leads to the tensor's memory.
+
+        allocate(bytes, device): device memory, zeros. record(tensor, device): the device's current
+        stream uses it from now on.
+        """
 
     def configure(self, options: StepOptions) -> None: ...
     def begin(self) -> None:
@@ -114,14 +142,43 @@ class Stepper:
     def updated(self) -> list[torch.Tensor]:
         """What run() will write to and others may know of: for autograd's version counters."""
 
-    def measure(self, threads: int, multiplier: float) -> tuple[float, str | None]:
-        """The norm of the gradients times a number, and where the first nan or inf is.
+    def has_host(self) -> bool:
+        """Whether gather() found parameters on the CPU."""
 
-        run() will clip by it.
+    def devices(self) -> list[int]:
+        """The devices on which gather() found parameters."""
+
+    def prepare(
+        self,
+        divisor: float,
+        grad_scale: dict[int, torch.Tensor],
+        found_inf: dict[int, torch.Tensor],
+        skip_nonfinite: bool,
+    ) -> None:
+        """Prepares what follows: gradients are divided by divisor and the device's grad_scale.
+
+        A device skips the step when its found_inf is not 0 or, after measure() and with
+        skip_nonfinite, when a gradient anywhere is not finite.
         """
 
-    def run(self, threads: int, multiplier: float, stream: bool) -> None:
-        """Carries out what gather() found, on gradients times a number, without the GIL."""
+    def measure(self, threads: int) -> list[torch.Tensor]:
+        """Measures the norm of the gradients, by which run() will clip.
+
+        Returns reports that must be made one, and finish_measure() called; or nothing.
+        """
+
+    def finish_measure(self) -> None: ...
+    def host_norm(self) -> tuple[float, int]:
+        """The norm and the number of the first parameter with nan or inf, or -1; if has_host()."""
+
+    def reports(self) -> dict[int, torch.Tensor]:
+        """The devices' reports."""
+
+    def name_of(self, number: int) -> str:
+        """A parameter's index and group, for messages."""
+
+    def run(self, threads: int, stream: bool) -> None:
+        """Carries out what gather() found, without the GIL."""
 
     def accumulate(self, threads: int, count: int) -> int:
         """Moves the gradients into grad_sum, now of count micro-batches; returns how many."""

@@ -21,6 +21,8 @@ except ImportError as error:
 
 kernels.bind_torch(torch.Tensor, torch.nn.Parameter)
 ISA = kernels.cpu_isa()
+# The torch.device type that there are kernels for beside the CPU's; empty without any.
+DEVICE = kernels.device_type()
 
 
 def build_info() -> dict[str, str]:
@@ -29,8 +31,12 @@ def build_info() -> dict[str, str]:
     return {
         "instruction set": f"{ISA} (of: {kernels.cpu_isas()})",
         "threads": str(threads) if kernels.cpu_has_threads() else "1 (built without OpenMP)",
-        "CUDA": "no (this release has CPU kernels only)",
+        "CUDA": (
+            f"compiled for {kernels.cuda_architectures()}; {kernels.cuda_device_count()} device(s)"
+            if DEVICE
+            else "no (built without nvcc)"
+        ),
     }
 
 
-__all__ = ["ISA", "build_info", "kernels"]
+__all__ = ["DEVICE", "ISA", "build_info", "kernels"]

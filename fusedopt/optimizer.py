@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fusedopt import device
 from fusedopt.extension import kernels
 from fusedopt.options import ARGUMENTS, OPTIONS, Option, StepOptions, with_options
 from fusedopt.state import (
     HALF,
     HIDDEN,
+    ON_CPU,
     adopt,
     encode,
     export,
@@ -174,7 +176,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
         try:
-            if found_inf is not None and float(found_inf):
+            if found_inf is not None and not device.on_device(found_inf) and float(found_inf):
                 self._skip()
                 self._grad_norm = math.nan
             else:
@@ -189,39 +191,52 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     def _fused_step(self, stream: bool = False) -> None:
         """One step; with ``stream``, a benchmark's stand-in that only moves the same bytes."""
         stepper = self._ready_stepper()
-        scale = self._grad_scale()
+        scale, found_inf = self._scaler()
         threads = torch.get_num_threads()
         window = self._micro_batches > 0
         # A gradient scaler has not seen what was accumulated.
-        policy = "skip" if window and self.nonfinite == "propagate" and scale else self.nonfinite
+        unseen = window and scale is not None
+        policy = "skip" if unseen and self.nonfinite == "propagate" else self.nonfinite
 
         stepper.begin()
         created: _Created = []
         try:
             report = stepper.gather(self.__dict__, False, window, False)
-            if report is not None:
-                self._prepare(stepper, created, *report, scale or 1.0)
+            fallback = self._create_missing(stepper, created, *report) if report else []
+            if fallback or stepper.has_host() or policy == "raise":
+                # What happens on the CPU needs the scaler's tensors at once, wherever they are.
+                if found_inf is not None and float(found_inf):
+                    self._roll_back(created)
+                    self._skip()
+                    self._grad_norm = math.nan
+                    return
+                scale, found_inf = None if scale is None else float(scale), None
+            known_scale = scale if isinstance(scale, float) else 1.0
+            if fallback:
+                self._leave_to_torch(fallback, created, known_scale)
+
             divisor = self.grad_divisor
             if divisor is None:
                 divisor = self._micro_batches + stepper.has_grads() if window else 1.0
-            multiplier = 1.0 / ((scale or 1.0) * divisor)
+            devices = stepper.devices()
+            factors = device.spread(scale, devices), device.spread(found_inf, devices)
+            stepper.prepare(known_scale * divisor, *factors, policy != "propagate")
             self._grad_norm = math.nan
             if self.max_grad_norm is not None or policy != "propagate":
-                norm, place = stepper.measure(threads, multiplier)
-                if self._measures():
-                    self._grad_norm = norm
-                if place is not None and policy != "propagate":
+                bad = self._measure(stepper, threads, policy)
+                if bad >= 0 and policy != "propagate":
                     self._roll_back(created)
                     self._skip()
                     if policy == "raise":
                         raise RuntimeError(
-                            f"{place}: its gradient holds nan or inf; nothing was updated"
+                            f"{stepper.name_of(bad)}: its gradient holds nan or inf; nothing was "
+                            "updated"
                         )
                     return
             # Autograd must know what changes. Told now, while gather() has the tensors in the
             # processor's cache.
             increment_version(stepper.updated())
-            stepper.run(threads, multiplier, stream)
+            stepper.run(threads, stream)
             self._micro_batches = 0
             if self._idle_averages:  # they lag behind from now on
                 self._drop_averages()
@@ -232,6 +247,34 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         finally:
             stepper.end()
 
+    def _measure(self, stepper: kernels.Stepper, threads: int, policy: str) -> int:
+        """Measure the norm, by which the step will clip.
+
+        Returns the number of the first parameter whose gradient is not finite; -1 when there is
+        none, or when it is the device's business to skip the step.
+        """
+        reports = stepper.measure(threads)
+        if reports:
+            device.combine(reports, self.grad_norm_type)
+            stepper.finish_measure()
+        norm: float | Tensor
+        if stepper.has_host() or not stepper.devices():
+            norm, bad = stepper.host_norm()
+        else:
+            first = stepper.devices()[0]
+            report = stepper.reports()[first]
+            norm, bad = device.norm(report), -1
+            if policy == "raise":
+                if kernels.is_capturing(first):
+                    raise RuntimeError(
+                        "nonfinite='raise' has to wait for the device, which a CUDA graph cannot; "
+                        "'skip' need not"
+                    )
+                bad = device.first_nonfinite(report)
+        if self._measures():
+            self._grad_norm = norm
+        return bad
+
     def _ready_stepper(self) -> kernels.Stepper:
         if self.__dict__.get("_swapped"):
             raise RuntimeError(
@@ -239,7 +282,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             )
         stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
-            stepper = self._stepper = kernels.Stepper(self._family, _unshared)
+            stepper = self._stepper = kernels.Stepper(
+                self._family, _unshared, device.allocate, device.record
+            )
             self._configured = False
         if not self._configured:
             stepper.configure(self._kernel_options())
@@ -261,19 +306,25 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         for state in self.state.values():
             state.pop("ema", None)
 
-    def _grad_scale(self) -> float | None:
-        """The factor that a gradient scaler's loss had; None without a scaler."""
+    def _scaler(self) -> tuple[float | Tensor | None, Tensor | None]:
+        """What a gradient scaler says: the factor that the loss had, and whether to skip the step.
+
+        Tensors when they are on a device. Else the factor is a number, or None without a scaler,
+        and the step is not to be skipped.
+        """
         scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            return float(scale)
-        if getattr(self, "found_inf", None) is None:
-            return None
-        if self._micro_batches:
-            raise RuntimeError(
-                "unscale_() of the gradient scaler has divided .grad by the scale, but not what "
-                "accumulate() has added up before: leave it away, and clip by max_grad_norm"
-            )
-        return 1.0
+        found_inf = getattr(self, "found_inf", None)
+        if scale is None and found_inf is not None:
+            if self._micro_batches:
+                raise RuntimeError(
+                    "unscale_() of the gradient scaler has divided .grad by the scale, but not "
+                    "what accumulate() has added up before: leave it away, and clip by "
+                    "max_grad_norm"
+                )
+            scale = 1.0
+        if scale is not None and not device.on_device(scale):
+            scale = float(scale)
+        return scale, found_inf if device.on_device(found_inf) else None
 
     def _skip(self) -> None:
         self._skipped_steps += 1
@@ -338,25 +389,42 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     # These are instance attributes when they are not the class's.
     _micro_batches: int = 0  # calls of accumulate() in the window
     _idle_averages: bool = False  # a checkpoint had averages, and ema_decay is None
-    _grad_norm: float = math.nan
-    _skipped_steps: int = 0
+    _grad_norm: float | Tensor = math.nan  # a tensor: where a device writes it
+    _skipped_steps: int = 0  # those that devices have not counted
 
     @property
     def grad_norm(self) -> Tensor:
         """The norm of all gradients in the last step, before clipping: float64, 0-dim.
 
         After unscaling and averaging. nan before the first step, and when the last one did not
-        measure (neither ``max_grad_norm`` nor ``nonfinite``).
+        measure (neither ``max_grad_norm`` nor ``nonfinite``), or a gradient scaler skipped it. On
+        the parameters' device; asking for it does not wait for that.
         """
-        return torch.tensor(self._grad_norm, dtype=torch.float64, device="cpu")
+        norm = self._grad_norm
+        if isinstance(norm, Tensor):
+            return norm.clone()
+        reports = self._reports()
+        place = reports[0].device if reports else torch.device("cpu")
+        return torch.full((), norm, dtype=torch.float64, device=place)
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped because of gradients of nan or inf: int64, 0-dim.
 
-        By ``nonfinite`` or by a gradient scaler.
+        By ``nonfinite`` or by a gradient scaler. On the parameters' device; asking for it does not
+        wait for that.
         """
-        return torch.tensor(self._skipped_steps, dtype=torch.int64, device="cpu")
+        counts = [device.skipped(report) for report in self._reports()]
+        if not counts:
+            return torch.tensor(self._skipped_steps, dtype=torch.int64, device="cpu")
+        total = counts[0] + self._skipped_steps
+        for count in counts[1:]:
+            total += count.to(total.device)
+        return total
+
+    def _reports(self) -> list[Tensor]:
+        stepper = self.__dict__.get("_stepper")
+        return [] if stepper is None else list(stepper.reports().values())
 
     # The average of the weights ---------------------------------------------------------------
 
@@ -394,21 +462,18 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     # State ------------------------------------------------------------------------------------
 
-    def _prepare(
-        self,
-        stepper: kernels.Stepper,
-        created: _Created,
-        missing: _Missing,
-        fallback: _Fallback,
-        scale: float,
-    ) -> None:
-        """Create the missing state and have torch update what the kernels do not take."""
+    def _create_missing(
+        self, stepper: kernels.Stepper, created: _Created, missing: _Missing, fallback: _Fallback
+    ) -> _Fallback:
+        """Create the missing state. Returns what is torch's to update."""
         while missing:  # more than once when, of what there was, some turns out to be of no use
             self._create_state(missing, created)
             report = stepper.gather(self.__dict__, True, self._micro_batches > 0, False)
             missing, fallback = report if report is not None else ([], [])
-        if not fallback:
-            return
+        return fallback
+
+    def _leave_to_torch(self, fallback: _Fallback, created: _Created, scale: float) -> None:
+        """Have torch update what the kernels do not take."""
         used = [*self._used(), *(["accumulate()"] if self._micro_batches else [])]
         if used:
             self._refuse(fallback, used[0])
@@ -434,6 +499,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         for group_index, index, names in missing:
             group = self.param_groups[group_index]
             param = group["params"][index]
+            if device.on_device(param):
+                kernels.check_not_capturing(param.device.index)
             before = dict(self.state.get(param, {}))
             entries: dict[str, Any] = {}
             for name in names:
@@ -452,7 +519,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """A new entry of a parameter's state, with what it needs beside it."""
         if name == "step":
-            return {name: torch.zeros((), dtype=self._step_dtype(group), device="cpu")}
+            if isinstance(state.get(name), Tensor):  # on another device
+                return {name: state[name].to(param.device)}
+            return {name: torch.zeros((), dtype=self._step_dtype(group), device=param.device)}
         if name == "seed":
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
             return {name: seed}
@@ -481,7 +550,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.__dict__["state"].get(param, {})
-                if self._rule_dtype(param) is not None and param.device.type == "cpu":
+                if self._rule_dtype(param) is not None and device.has_kernels(param):
                     for name in names & state.keys():
                         state.update(self._new_entries(param, group, {}, name))
 
@@ -502,7 +571,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         state = self.state
         for group in self.param_groups:
             for param in group["params"]:
-                if param in state and param.device.type == "cpu":
+                if param in state and device.has_kernels(param):
                     wanted = self.weight_precision if param.dtype in HALF else None
                     hidden = wanted if wanted in HIDDEN else None
                     adopt(param, state[param], squares, self._rule_dtype(param), hidden)
@@ -617,7 +686,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             for i, param in zip(ids, params, strict=True):
                 for name, value in loaded["state"].get(i, {}).items():
                     if name != "step" and isinstance(value, Tensor):
-                        self.state[param][name] = value.to(param.device)
+                        place = "cpu" if name in ON_CPU else param.device
+                        self.state[param][name] = value.to(place)
             self._check_options()
             self._adopt_state()
             self._idle_averages = self.ema_decay is None and any(
@@ -640,6 +710,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """For pickle and deepcopy: also the options and what the last steps told."""
         if self.__dict__.get("_swapped"):
             raise RuntimeError("no copies of the optimizer within swap_ema()")
-        own = [*OPTIONS, "_micro_batches", "_grad_norm", "_skipped_steps"]
+        own = [*OPTIONS, "_micro_batches"]
         kept = {name: self.__dict__[name] for name in own if name in self.__dict__}
-        return {**super().__getstate__(), **kept}
+        told = {"_grad_norm": float(self.grad_norm), "_skipped_steps": int(self.skipped_steps)}
+        return {**super().__getstate__(), **kept, **told}

@@ -57,7 +57,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _stock = torch.optim.SGD
 
     def _new_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        return like(param, dtype)  # the first update writes the buffer without reading it
+        if param.device.type == "cpu":
+            return like(param, dtype)  # the first update writes the buffer without reading it
+        return super()._new_state(param, name, dtype)
 
 
 class Momentum(SGD):

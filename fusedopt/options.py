@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusedopt.device import on_device
 from fusedopt.extension import kernels
 
 NORM_TYPES = {2.0: kernels.NormType.two, math.inf: kernels.NormType.infinity}
@@ -145,9 +146,10 @@ class StepOptions:
     def _check_group(self, group: dict[str, Any]) -> None:
         """ValueError when the options do not fit a parameter group."""
         used = self._used()
-        for flag in ("differentiable", "capturable"):
-            if used and group.get(flag):
-                raise ValueError(f"{used[0]} does not work with {flag}=True")
+        if used and group.get("differentiable"):
+            raise ValueError(f"{used[0]} does not work with differentiable=True")
+        if used and group.get("capturable") and not all(map(on_device, group["params"])):
+            raise ValueError(f"{used[0]} does not work with capturable=True, except on CUDA")
         for name in OPTIONS:
             if name in group and name != "l1":
                 raise ValueError(f"{name} is an option of the optimizer, not of a parameter group")

@@ -14,7 +14,9 @@ In a parameter's state dict, beside what stock torch has there:
 ``X_scale``     float32, 1-dim              the scales of a state X that is kept in 8 bits
 ==============  ==========================  =====================================================
 
-All are made by the step that first needs them. The arithmetic is the extension's (``csrc/store.h``
+All are made by the step that first needs them, on the parameter's device; but ``grad_count`` and
+``seed`` are always on the CPU, and ``step`` always on the device, where stock has it only if fused
+or capturable. The arithmetic is the extension's (``csrc/store.h``
 and ``csrc/quantize.h``).
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from fusedopt.extension import kernels
 
 HIDDEN = ("master", "remainder", "kahan")
+ON_CPU = ("seed", "grad_count")
 HALF = (torch.bfloat16, torch.float16)
 _HIDDEN_DTYPES = {"master": torch.float32, "remainder": torch.int16, "kahan": torch.int16}
 _WIDE = {
@@ -48,8 +51,10 @@ def like(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
+# The extension converts on the CPU, also what comes from a device: that happens seldom.
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1)
+    """A tensor's elements, on the CPU."""
+    return tensor.detach().contiguous().view(-1).cpu()
 
 
 def _memory(tensor: Tensor) -> Tensor:
@@ -90,6 +95,10 @@ def whole_weight(param: Tensor, state: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def hidden_part(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
     """The hidden part of a name in ``HIDDEN``, from whichever one the state has."""
+    if state.keys().isdisjoint(HIDDEN):  # the parameter is all there is
+        if name == "master":
+            return whole_weight(param, state)
+        return like(param, _HIDDEN_DTYPES[name]).zero_()
     hidden = torch.empty(param.numel(), dtype=_HIDDEN_DTYPES[name], device="cpu")
     kernels.split_weights(
         _rows(param).clone(),
@@ -103,19 +112,23 @@ def hidden_part(param: Tensor, state: dict[str, Any], name: str) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, square: bool, dtype: torch.dtype) -> Tensor:
     """A state's values from their 8-bit codes; exact in bfloat16."""
-    values = like(codes, torch.float32)
-    kernels.decode_state(_memory(codes), scale, square, _memory(values), codes.numel())
-    return values.to(dtype)
+    values = torch.empty(codes.numel(), dtype=torch.float32, device="cpu")
+    kernels.decode_state(_memory(codes).cpu(), scale.cpu(), square, values, codes.numel())
+    decoded = like(codes, dtype)
+    _memory(decoded).copy_(values)
+    return decoded
 
 
 def encode(param: Tensor, values: Tensor, square: bool) -> tuple[Tensor, Tensor]:
     """8-bit codes and their scales of a state's values, rounded to the nearest."""
-    codes = like(param, torch.uint8)
-    ordered = like(param, torch.float32).copy_(values)
+    ordered = _memory(like(param, torch.float32).copy_(values)).cpu()
+    codes = torch.empty(param.numel(), dtype=torch.uint8, device="cpu")
     blocks = -(-codes.numel() // kernels.BLOCK)
     scale = torch.empty(blocks, dtype=torch.float32, device="cpu")
-    kernels.encode_state(_memory(codes), scale, square, _memory(ordered), codes.numel())
-    return codes, scale
+    kernels.encode_state(codes, scale, square, ordered, codes.numel())
+    encoded = like(param, torch.uint8)
+    _memory(encoded).copy_(codes)
+    return encoded, scale.to(param.device)
 
 
 def rule_values(state: dict[str, Any], name: str, square: bool) -> Tensor:
@@ -191,6 +204,8 @@ def adopt(
     for name in ("remainder", "kahan"):
         if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int16:
             del state[name]
-    for name in ("seed", "grad_count"):
-        if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int64:
-            state[name] = state[name].to(torch.int64)
+    for name in ON_CPU:
+        if isinstance(state.get(name), Tensor):
+            state[name] = state[name].to("cpu", torch.int64)
+    if isinstance(state.get("step"), Tensor):
+        state["step"] = state["step"].to(param.device)

@@ -410,7 +410,7 @@ void test_layout() {
   const int64_t size[] = {2, 3, 4};
   const int64_t rows[] = {12, 4, 1}, turned[] = {1, 2, 6}, gaps[] = {24, 8, 2}, flat[] = {0, 4, 1};
   const auto view = [&](const int64_t* stride) {
-    return View{nullptr, DType::kFloat32, false, 3, size, stride};
+    return View{nullptr, kHost, DType::kFloat32, false, 3, size, stride};
   };
   check(is_row_major(view(rows)) && is_row_major(view(nullptr)), "row-major");
   check(!is_row_major(view(turned)), "not row-major");

@@ -5,52 +5,15 @@
 #include <vector>
 
 #include "cuda_table.h"
-#include "cuda_warp.h"
+#include "emulated_warp.h"
 
 namespace fusedopt::emulated {
 namespace {
 
-template <class State>
-class EmulatedWarp {
- public:
-  template <class F>
-  void each(F&& f) {
-    for (int lane = 0; lane < kWarpLanes; ++lane) f(lane, states_[lane]);
-  }
-
-  template <class F>
-  void once(F&& f) {
-    f();
-  }
-
-  template <class F>
-  auto largest(F&& f) {
-    auto result = f(states_[0]);
-    for (const State& state : states_) result = std::max(result, f(state));
-    return result;
-  }
-
-  // As shuffles do it: pairs, pairs of pairs, and so on.
-  template <class F>
-  double sum(F&& f) {
-    double sums[kWarpLanes];
-    for (int lane = 0; lane < kWarpLanes; ++lane) sums[lane] = f(states_[lane]);
-    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
-      for (int lane = 0; lane < distance; ++lane) sums[lane] += sums[lane + distance];
-    }
-    return sums[0];
-  }
-
-  void raise(uint64_t* to, uint64_t n) { *to = std::max(*to, n); }
-
- private:
-  State states_[kWarpLanes];
-};
-
 // A plan as it would lie in device memory.
 class Image {
  public:
-  Image(const Plan& plan, const Options& options) : table_(options.chunk_tiles) {
+  Image(const Plan& plan, const Options& options) : table_(0, options.chunk_tiles) {
     narrow_.assign(options.steps.begin(), options.steps.end());
     wide_.assign(options.steps.begin(), options.steps.end());
     counters_.resize(plan.n_tasks);
@@ -58,18 +21,20 @@ class Image {
       void* const wide = &wide_[i];
       counters_[i] = {options.narrow_steps ? &narrow_[i] : wide,
                       options.narrow_steps ? DType::kFloat32 : DType::kFloat64,
-                      plan.tasks[i]->step - 1};
+                      plan.tasks[i]->step - 1, int64_t(i)};
     }
     int32_t n_groups = 0;
     for (int64_t i = 0; i < plan.n_tasks; ++i) {
       n_groups = std::max(n_groups, plan.tasks[i]->group + 1);
     }
     if (options.lr != nullptr) rates_.assign(n_groups, {options.lr, options.lr_dtype});
-    const size_t size = table_.lay_out(plan, counters_, rates_);
+    const size_t size = table_.lay_out(plan, counters_);
     memory_.resize(size + DeviceTable::kAlignment);
     char* image = memory_.data();
     image += DeviceTable::kAlignment - reinterpret_cast<uintptr_t>(image) % DeviceTable::kAlignment;
-    table_.write(image, image);
+    table_.write_grads(plan, image);
+    table_.write_groups(plan, rates_, image);
+    table_.write_tasks(plan, counters_, image, image);
   }
 
   const std::vector<Launch>& launches() const { return table_.launches(); }

@@ -28,6 +28,9 @@ CLASSES = [
 # Enough steps for an optimizer to have seen everything unchanged, and to trust what it knows.
 SETTLED = 5
 
+# Where models are, "cpu" or another device; see conftest.py.
+DEVICE = torch.get_default_device()
+
 SHAPES = [(4, 3), (17,), (), (2, 3, 2, 2)]
 
 
@@ -45,9 +48,9 @@ every_class = classes(*(case.name for case in CLASSES))
 
 
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    parts = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
-    return (torch.view_as_complex(parts) if dtype.is_complex else parts[..., 0]).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    parts = torch.randn(*shape, 2, generator=generator, dtype=torch.float64, device="cpu")
+    return (torch.view_as_complex(parts) if dtype.is_complex else parts[..., 0]).to(DEVICE, dtype)
 
 
 def make_params(
@@ -90,7 +93,21 @@ def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
         )
         if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
             theirs = {}
+        mine = as_stock_counts(mine, theirs)
         torch.testing.assert_close((p, mine), (q, theirs), **tolerance)
+
+
+def as_stock_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our state with its counter where stock has it.
+
+    On a device ours are there, too, and SGD with dampening has one.
+    """
+    mine = dict(mine)
+    if DEVICE.type != "cpu" and "step" not in theirs:
+        mine.pop("step", None)
+    if isinstance(mine.get("step"), Tensor) and isinstance(theirs.get("step"), Tensor):
+        mine["step"] = mine["step"].to(theirs["step"].device)
+    return mine
 
 
 @contextmanager

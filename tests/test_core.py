@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 KNOWS_PYTHON = {
-    *("bind.cpp", "convert.h", "describe.cpp", "entry.h", "groups.h"),
+    *("bind.cpp", "convert.h", "describe.cpp", "device.cpp", "device.h", "entry.h", "groups.h"),
     *("pytensor.cpp", "pytensor.h", "stepper.cpp", "stepper.h"),
 }
 

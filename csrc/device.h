@@ -1,0 +1,111 @@
+// The part of a step that happens on one CUDA device: what is kept in its memory, and launches.
+#pragma once
+
+#include <memory>
+#include <set>
+#include <vector>
+
+#include "cuda.h"
+#include "cuda_table.h"
+#include "pytensor.h"
+
+namespace fusedopt {
+
+// How Python provides device memory: as tensors of torch's, so that they show in its statistics.
+struct TensorMemory {
+  py::object allocate;  // (bytes, device) -> a tensor of zeros
+  py::object record;    // (tensor, device): it is in use on the device's current stream
+};
+
+// Throws when a device's current stream records a graph: for what must not be repeated by replays.
+void check_not_capturing(int device);
+
+class DeviceBuffer {
+ public:
+  // Replaces the memory by another one, for use on this queue.
+  void allocate(const TensorMemory& memory, size_t bytes, const CudaQueue& queue);
+
+  // To be called before it is used: torch must not give memory to someone else, once it is freed,
+  // before all streams are done with it.
+  void use(const TensorMemory& memory, const CudaQueue& queue);
+
+  const py::object& tensor() const { return tensor_; }
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  py::object tensor_;
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+  std::set<void*> streams_;
+};
+
+// A DeviceTable in device memory.
+class ResidentTable {
+ public:
+  explicit ResidentTable(int64_t n_warps) : table_(n_warps) {}
+
+  // Copies what has changed. `same_tasks`: only gradients and groups may have, since last time.
+  void load(const TensorMemory& memory, const CudaQueue& queue, const Plan& plan,
+            const std::vector<DeviceCounter>& counters, const std::vector<DeviceRate>& rates,
+            bool same_tasks);
+
+  const std::vector<Launch>& launches() const { return table_.launches(); }
+
+ private:
+  void upload(const CudaQueue& queue, size_t begin, size_t end);
+
+  DeviceTable table_;
+  DeviceBuffer buffer_;
+  std::vector<char> image_;   // as it shall be,
+  std::vector<char> loaded_;  // and as it is
+};
+
+class Device {
+ public:
+  Device(int index, const TensorMemory& memory) : index_(index), memory_(memory) {}
+
+  int index() const { return index_; }
+
+  // Begins a step or accumulate(), on the stream that is the current one. Throws when that stream
+  // records a graph, and the memory that the graph would work on is not there yet.
+  void begin();
+
+  void load(const Plan& plan, const std::vector<DeviceCounter>& counters,
+            const std::vector<DeviceRate>& rates, bool same_tasks);
+
+  // The norm. When others take part, each measures, not `alone`; their reports are made one, and
+  // each finishes.
+  void measure(const DeviceStages& stages, bool alone);
+  void finish_measure(const DeviceStages& stages);
+
+  // `counts_skips`: one device does.
+  void update(const DeviceStages& stages, bool counts_skips);
+
+  void accumulate();
+
+  bool capturing() const { return capturing_; }
+
+  // A tensor of 8-byte words: those of DeviceControl, then the norm.
+  const py::object& report() const { return report_.tensor(); }
+
+  static constexpr int64_t kNormWord = sizeof(DeviceControl) / 8;
+  static_assert(sizeof(DeviceControl) % 8 == 0);
+
+ private:
+  MeasureArguments measure_arguments(const DeviceStages& stages) const;
+
+  DeviceControl* control() const { return reinterpret_cast<DeviceControl*>(report_.data()); }
+
+  int index_;
+  TensorMemory memory_;
+  CudaQueue queue_ = {};
+  bool capturing_ = false;
+  DeviceBuffer report_;  // and the norm's partial sums behind it
+  std::unique_ptr<ResidentTable> table_;
+  // A graph has a table of its own, which stays as it is: it may be replayed at any time.
+  std::vector<std::unique_ptr<ResidentTable>> captured_;
+  ResidentTable* current_ = nullptr;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,33 @@
+// The CUDA engine of a build without CUDA: there are no devices, so nothing is asked of them.
+#include <stdexcept>
+
+#include "cuda.h"
+
+namespace fusedopt {
+namespace {
+
+[[noreturn]] void fail() { throw std::logic_error("this build of fusedopt has no CUDA kernels"); }
+
+}  // namespace
+
+DeviceKind cuda_kind() { return {-1, ""}; }
+
+const char* cuda_architectures() { return ""; }
+
+int cuda_device_count() { return 0; }
+
+bool cuda_runs_on(int) { return false; }
+
+bool cuda_is_capturing(const CudaQueue&) { return false; }
+
+int64_t cuda_max_warps(int) { fail(); }
+
+void cuda_upload(const CudaQueue&, void*, const void*, size_t) { fail(); }
+
+void cuda_update(const CudaQueue&, int, bool, const UpdateArguments&) { fail(); }
+
+void cuda_measure(const CudaQueue&, bool, const MeasureArguments&) { fail(); }
+
+void cuda_accumulate(const CudaQueue&, bool, const DeviceLine&) { fail(); }
+
+}  // namespace fusedopt

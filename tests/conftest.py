@@ -1,0 +1,26 @@
+"""The device that tests run on: ``pytest --device fake`` or ``cuda`` instead of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "fake", "cuda"),
+        help="where models are: on the CPU, an emulated GPU (emulation.py), or a real one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "fake":
+        import emulation
+
+        emulation.install()
+    if device != "cpu":
+        import torch
+
+        torch.set_default_device(device)

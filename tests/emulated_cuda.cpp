@@ -1,0 +1,135 @@
+// The CUDA engine (cuda.h) without a GPU: launches run at once, lane by lane, on the CPU. Linked
+// instead of cuda.cu into an extension for tests, whose devices are those of fake_device.cpp.
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "cuda.h"
+#include "emulated_warp.h"
+
+namespace fusedopt {
+namespace emulated {
+namespace {
+
+constexpr int64_t kWarps = 7;
+
+// What tests tell and ask (emulation.py).
+void (*enter)() = nullptr;  // makes device memory accessible,
+void (*leave)() = nullptr;  // and inaccessible again
+bool capturing = false;
+int64_t launches = 0, uploads = 0;
+std::vector<std::vector<std::function<void()>>> graphs;
+
+void launch(std::function<void()> work) {
+  if (capturing) {
+    graphs.back().push_back(std::move(work));
+    return;
+  }
+  enter();
+  work();
+  leave();
+}
+
+template <class T>
+struct Update {
+  const UpdateArguments& arguments;
+
+  template <class Rule>
+  void run() const {
+    for (int64_t i = 0; i < kWarps; ++i) {
+      EmulatedWarp<LaneTile<T>> warp;
+      WarpMemory<Rule, T> memory = {};
+      update_warp<Rule, T>(arguments, warp, memory, i, kWarps);
+    }
+    for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
+  }
+};
+
+template <class T>
+void measure(const MeasureArguments& arguments) {
+  EmulatedWarp<LaneNorm> warp;
+  for (int64_t i = 0; i < kWarps; ++i) measure_warp<T>(arguments, warp, i, kWarps);
+  finish_measure(arguments, warp, kWarps);
+}
+
+template <class T>
+void accumulate_all(const DeviceLine& line) {
+  EmulatedWarp<LaneTile<T>> warp;
+  for (int64_t i = 0; i < kWarps; ++i) accumulate_warp<T>(line, warp, i, kWarps);
+}
+
+}  // namespace
+}  // namespace emulated
+
+DeviceKind cuda_kind() { return {12, "fake"}; }
+
+const char* cuda_architectures() { return "emulated"; }
+
+int cuda_device_count() { return 2; }
+
+bool cuda_runs_on(int) { return true; }
+
+bool cuda_is_capturing(const CudaQueue&) { return emulated::capturing; }
+
+int64_t cuda_max_warps(int) { return emulated::kWarps; }
+
+void cuda_upload(const CudaQueue&, void* to, const void* from, size_t bytes) {
+  ++emulated::uploads;
+  const char* const begin = static_cast<const char*>(from);
+  std::vector<char> parcel(begin, begin + bytes);
+  emulated::launch([=] { std::memcpy(to, parcel.data(), bytes); });
+}
+
+void cuda_update(const CudaQueue&, int rule, bool in_double, const UpdateArguments& arguments) {
+  ++emulated::launches;
+  emulated::launch([=] {
+    if (in_double) {
+      emulated::select_rule<double>(rule, emulated::Update<double>{arguments});
+    } else {
+      emulated::select_rule<float>(rule, emulated::Update<float>{arguments});
+    }
+  });
+}
+
+void cuda_measure(const CudaQueue&, bool in_double, const MeasureArguments& arguments) {
+  ++emulated::launches;
+  emulated::launch([=] {
+    in_double ? emulated::measure<double>(arguments) : emulated::measure<float>(arguments);
+  });
+}
+
+void cuda_accumulate(const CudaQueue&, bool in_double, const DeviceLine& line) {
+  ++emulated::launches;
+  emulated::launch([=] {
+    in_double ? emulated::accumulate_all<double>(line) : emulated::accumulate_all<float>(line);
+  });
+}
+
+}  // namespace fusedopt
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void emulated_set_access(void (*enter)(), void (*leave)()) {
+  fusedopt::emulated::enter = enter;
+  fusedopt::emulated::leave = leave;
+}
+
+EXPORT int64_t emulated_launches() { return fusedopt::emulated::launches; }
+
+EXPORT int64_t emulated_uploads() { return fusedopt::emulated::uploads; }
+
+// Returns the graph's number, for emulated_replay().
+EXPORT int64_t emulated_begin_capture() {
+  fusedopt::emulated::capturing = true;
+  fusedopt::emulated::graphs.emplace_back();
+  return int64_t(fusedopt::emulated::graphs.size()) - 1;
+}
+
+EXPORT void emulated_end_capture() { fusedopt::emulated::capturing = false; }
+
+EXPORT void emulated_replay(int64_t graph) {
+  fusedopt::emulated::enter();
+  for (const auto& work : fusedopt::emulated::graphs[graph]) work();
+  fusedopt::emulated::leave();
+}

@@ -1,0 +1,61 @@
+"""The fake accelerator of fake_device.cpp: builds it, and makes it torch's device "fake"."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from types import ModuleType
+
+import ninja
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build() -> ModuleType:
+    """The extension, compiled if it is not up to date."""
+    folder = ROOT / "build" / "fake_device"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])  # where torch looks for it
+    try:
+        return cpp_extension.load(
+            name="fake_device",
+            sources=[str(ROOT / "tests" / "fake_device.cpp")],
+            extra_cflags=["-O1"],
+            build_directory=str(folder),
+        )
+    finally:
+        os.environ["PATH"] = path
+
+
+def device_module() -> ModuleType:
+    """What torch asks of a device in Python: ``torch.fake``."""
+    module = ModuleType("torch.fake")
+    module.is_available = lambda: True
+    module.device_count = lambda: 2
+    module.current_device = torch.accelerator.current_device_index
+    module.set_device = torch.accelerator.set_device_index
+    module.device = lambda device: torch.accelerator.device_index(torch.device(device).index)
+    module.get_amp_supported_dtype = lambda: []
+    # Random numbers come from the CPU's generator.
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None
+    module.get_rng_state = lambda device="fake": torch.get_rng_state()
+    module.set_rng_state = lambda state, device="fake": torch.set_rng_state(state)
+    return module
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Registers the devices "fake:0" and "fake:1", and returns the extension.
+
+    Call it before the first ``backward()`` of the process: that is when autograd starts a thread
+    for each device it knows.
+    """
+    extension = build()
+    torch.utils.rename_privateuse1_backend("fake")
+    torch._register_device_module("fake", device_module())
+    return extension

@@ -1,0 +1,590 @@
+"""What is particular to a GPU: nobody waits, graphs, streams, several devices, and what it reports.
+
+``pytest --device cuda`` runs these on one, ``--device fake`` on an emulated one (emulation.py);
+they also make all other tests run there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from helpers import (
+    CLASSES,
+    DEVICE,
+    SETTLED,
+    Twins,
+    assert_same,
+    contents_of,
+    every_class,
+    make_params,
+    nothing_written,
+    params_of,
+    set_grads,
+    table,
+)
+from recipe import Recipe
+from torch import Tensor
+from torch.nn import Parameter
+
+import fusedopt
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(DEVICE.type == "cpu", reason="needs --device cuda or --device fake"),
+]
+FAKE = DEVICE.type == "fake"
+only_cuda = pytest.mark.skipif(FAKE, reason="needs a real GPU")
+only_fake = pytest.mark.skipif(not FAKE, reason="counts what only the emulated GPU tells")
+several = pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.device_count() < 2, reason="needs several GPUs"
+)
+if FAKE:
+    import emulation
+
+MIXED_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [(0,), (1,), (3,), (17,), (4097,), (33, 7)]
+
+# Everything a step can do, at once.
+EVERYTHING = {
+    "max_grad_norm": 0.1,
+    "nonfinite": "skip",
+    "weight_precision": "master",
+    "ema_decay": 0.9,
+    "ema_warmup": True,
+    "l1": 1e-3,
+}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Nothing in the block waits for the device."""
+    if FAKE:
+        before = emulation.synchronizations()
+        yield
+        assert emulation.synchronizations() == before
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def new_graph() -> Any:
+    return emulation.Graph() if FAKE else torch.cuda.CUDAGraph()
+
+
+def capture(graph: Any) -> Any:
+    return graph.capture() if FAKE else torch.cuda.graph(graph)
+
+
+def mixed_params() -> list[Parameter]:
+    return [p for dtype in MIXED_DTYPES for p in make_params(SIZES, dtype)]
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, device=DEVICE)
+
+
+def on_cpu(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.detach().cpu()) for p in params]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_as_on_the_cpu(case: Case) -> None:
+    """All dtypes in one step, with everything that it can do."""
+    coded = {"state_dtype": torch.bfloat16} if "centered" not in case.options else {}
+    for options in ({}, EVERYTHING, {"max_grad_value": 0.5, **coded}):
+        there, here = make_params(SIZES), on_cpu(make_params(SIZES))
+        if options is not EVERYTHING:
+            there, here = mixed_params(), on_cpu(mixed_params())
+        torch.manual_seed(0)
+        ours = case.ours(there, **options)
+        torch.manual_seed(0)
+        reference = case.ours(here, **options)
+        for step in range(4):
+            set_grads(there, step)
+            for p, q in zip(there, here, strict=True):
+                q.grad = p.grad.cpu()
+            ours.step()
+            reference.step()
+        for (p, state), (q, expected) in zip(
+            contents_of(ours), contents_of(reference), strict=True
+        ):
+            torch.testing.assert_close(p.cpu(), q)
+            for name, value in expected.items():
+                torch.testing.assert_close(state[name].cpu(), value)
+        assert ours.grad_norm.device.type == DEVICE.type
+        norms = float(ours.grad_norm), float(reference.grad_norm)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True)
+
+
+@every_class
+def test_nobody_waits(case: Case) -> None:
+    """Not in a step, nor in what is asked about it; also where Python would have to decide."""
+    params = mixed_params()
+    optimizer = (
+        case.ours(params, nonfinite="skip", max_grad_norm=1.0, lr=number(0.01))
+        if "lr" not in case.options
+        else Case(case.name, {k: v for k, v in case.options.items() if k != "lr"}).ours(
+            params, nonfinite="skip", max_grad_norm=1.0, lr=number(0.01)
+        )
+    )
+    told = []
+    for step in range(SETTLED):
+        set_grads(params, step)
+        if step == 2:
+            params[2].grad[0] = math.nan
+        if step == 3:
+            optimizer.grad_scale, optimizer.found_inf = number(2.0), number(1.0)
+        with no_waiting():
+            optimizer.accumulate()
+        set_grads(params, step)
+        if step == 3:
+            with no_waiting():
+                optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+            continue
+        with no_waiting():
+            optimizer.step()
+            told.append((optimizer.grad_norm, optimizer.skipped_steps))
+    assert [int(skipped) for _, skipped in told] == [0, 0, 1, 2]
+    assert [math.isfinite(norm) for norm, _ in told] == [True, True, False, True]
+
+
+@only_fake
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_launch(groups: int) -> None:
+    """Whatever the number of tensors, groups and storage dtypes; and nothing is copied anew."""
+    params = [p for dtype in MIXED_DTYPES[:3] for p in make_params(SIZES, dtype)]
+    optimizer = fusedopt.AdamW([{"params": params[i::groups]} for i in range(groups)])
+    counts = []
+    for step in range(6):
+        if step in (0, 3):
+            set_grads(params, step)
+        if step == 4:
+            optimizer.max_grad_norm = 1.0
+        if step == 5:
+            optimizer.param_groups[0]["lr"] = 0.5
+        before = emulation.launches(), emulation.uploads()
+        optimizer.step()
+        counts.append((emulation.launches() - before[0], emulation.uploads() - before[1]))
+    assert counts == [(1, 2), (1, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+@only_fake
+def test_gradients_that_come_and_go() -> None:
+    """As of a mixture of experts: only where gradients lie is copied anew."""
+    twins = Twins(CLASSES[0], lambda: make_params([(300,)] * 12))
+    chosen: Callable[[int, int], bool] = lambda step, index: (step + index) % 3 == 0  # noqa: E731
+    for step in range(9):
+        before = emulation.uploads()
+        twins.step(wanted=lambda _, index, step=step: chosen(step, index))
+        if step >= 6:
+            assert emulation.uploads() - before == 1
+
+
+@every_class
+@table("options", {"plain": {}, "clip": {"max_grad_norm": 0.5}, "all": EVERYTHING})
+def test_graph(case: Case, options: dict[str, Any]) -> None:
+    """A captured step, replayed with other gradients and learning rates, is the step."""
+    settings = {**case.options, **options}
+    lr = settings.pop("lr")
+    case = Case(case.name, settings)
+    dtype = torch.bfloat16 if "weight_precision" in options else torch.float32
+    mine, theirs = make_params(dtype=dtype), make_params(dtype=dtype)
+    rate = number(lr)
+    ours, reference = case.ours(mine, lr=rate), case.ours(theirs, lr=lr)
+    for optimizer in (ours, reference):
+        set_grads(params_of(optimizer), 0)
+        optimizer.step()
+    graph = new_graph()
+    with capture(graph):
+        ours.step()
+    for step in range(1, 6):
+        set_grads(theirs, step)
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad.copy_(q.grad)
+        rate.fill_(lr / step)
+        reference.param_groups[0]["lr"] = float(rate)
+        if step == 3:  # a step without the graph, in between, on other gradients
+            kept = [p.grad for p in mine]
+            for p, q in zip(mine, theirs, strict=True):
+                p.grad = q.grad.clone()
+            ours.step()
+            for p, grad in zip(mine, kept, strict=True):
+                p.grad = grad
+        else:
+            graph.replay()
+        reference.step()
+    torch.testing.assert_close(contents_of(ours), contents_of(reference), rtol=0, atol=0)
+    torch.testing.assert_close(ours.grad_norm, reference.grad_norm, equal_nan=True)
+
+
+@every_class
+def test_graph_of_a_whole_window(case: Case) -> None:
+    """accumulate(), accumulate(), step(), captured at once."""
+    mine, theirs = make_params(), make_params()
+    ours, reference = case.ours(mine), case.ours(theirs)
+    batches = [[torch.zeros_like(p) for p in mine] for _ in range(3)]
+
+    def window(optimizer: Any, params: list[Parameter]) -> None:
+        for k, batch in enumerate(batches):
+            for p, grad in zip(params, batch, strict=True):
+                p.grad = grad
+            optimizer.accumulate() if k < 2 else optimizer.step()
+
+    def draw(step: int) -> None:
+        for k, batch in enumerate(batches):
+            set_grads(theirs, 10 * step + k)
+            for grad, q in zip(batch, theirs, strict=True):
+                grad.copy_(q.grad)
+
+    draw(0)
+    window(ours, mine)
+    window(reference, theirs)
+    graph = new_graph()
+    with capture(graph):
+        window(ours, mine)
+    for step in range(1, 4):
+        draw(step)
+        graph.replay()
+        window(reference, theirs)
+    torch.testing.assert_close(contents_of(ours), contents_of(reference), rtol=0, atol=0)
+
+
+@every_class
+def test_capturing_the_first_step_is_refused(case: Case) -> None:
+    params = make_params()
+    optimizer = case.ours(params)
+    set_grads(params, 0)
+    with (
+        nothing_written(optimizer),
+        pytest.raises(RuntimeError, match="take one step before"),
+        capture(new_graph()),
+    ):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_raising_cannot_be_captured() -> None:
+    params = make_params()
+    optimizer = fusedopt.SGD(params, lr=0.1, nonfinite="raise")
+    set_grads(params, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="nonfinite='raise'"), capture(new_graph()):
+        optimizer.step()
+
+
+@every_class
+def test_capturable_is_stocks_word_for_graphs(case: Case) -> None:
+    if case.name in ("SGD", "Momentum"):
+        with pytest.raises(TypeError, match="capturable"):
+            case.ours(make_params(), capturable=True)
+        return
+    if case.name == "Adagrad":
+        pytest.skip("stock Adagrad has no capturable")
+    params = make_params()
+    optimizer = case.ours(params, capturable=True, max_grad_norm=1.0)
+    set_grads(params, 0)
+    optimizer.step()
+    assert all(state["step"] == 1 for _, state in contents_of(optimizer))
+
+
+@every_class
+def test_found_inf_on_the_first_step(case: Case) -> None:
+    """The scaler's verdict is obeyed on the device, and the step after it is the first."""
+    params, others = make_params(), make_params()
+    ours, reference = case.ours(params), case.ours(others)
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(others, step)
+        ours.grad_scale, ours.found_inf = number(4.0), number(float(step == 0))
+        for p in params:
+            p.grad.mul_(4)
+        with no_waiting():
+            ours.step()
+        del ours.grad_scale, ours.found_inf
+        if step > 0:
+            reference.step()
+        else:
+            assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    torch.testing.assert_close(contents_of(ours), contents_of(reference), rtol=0, atol=0)
+    assert ours.skipped_steps.device.type == DEVICE.type
+    assert int(ours.skipped_steps) == 1
+
+
+@table("bad", {"nan": math.nan, "inf": math.inf})
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_nonfinite_gradients(bad: float, policy: str) -> None:
+    params = mixed_params()
+    optimizer = fusedopt.AdamW(params, nonfinite=policy)
+    set_grads(params, 0)
+    optimizer.step()
+    set_grads(params, 1)
+    params[9].grad[16] = params[21].grad[3] = bad
+    with nothing_written(optimizer):
+        if policy == "raise":
+            with pytest.raises(RuntimeError, match="parameter 9 of group 0: its gradient holds"):
+                optimizer.step()
+        else:
+            with no_waiting():
+                optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert not math.isfinite(optimizer.grad_norm)
+    set_grads(params, 2)
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert all(state["step"] == 2 for _, state in contents_of(optimizer))
+    assert int(copy.deepcopy(optimizer).skipped_steps) == 1
+
+
+@several
+@every_class
+@table(
+    "places",
+    {
+        "two_devices": (0, 1),
+        "with_the_cpu": ("cpu", 0),
+        "everywhere": (1, "cpu", 0),
+    },
+)
+def test_several_places(case: Case, places: tuple[Any, ...]) -> None:
+    """One norm, and one decision, for parameters in several places."""
+    spread = [
+        Parameter(
+            p.detach().to(
+                places[i % len(places)]
+                if places[i % len(places)] == "cpu"
+                else f"{DEVICE.type}:{places[i % len(places)]}"
+            )
+        )
+        for i, p in enumerate(make_params(SIZES))
+    ]
+    alone = on_cpu(spread)
+    options = {"max_grad_norm": 0.5, "nonfinite": "skip"}
+    for norm_type in (2.0, math.inf):
+        ours = case.ours(spread, **options, grad_norm_type=norm_type)
+        reference = case.ours(alone, **options, grad_norm_type=norm_type)
+        for step in range(5):
+            set_grads(spread, step)
+            set_grads(alone, step)
+            if step in (1, 3):
+                for params in (spread, alone):
+                    params[step + 1].grad.view(-1)[0] = math.nan
+            if step == 4:
+                for optimizer, place in ((ours, DEVICE), (reference, "cpu")):
+                    optimizer.grad_scale = torch.tensor(0.5, device=place)
+                    optimizer.found_inf = torch.tensor(0.0, device=place)
+            ours.step()
+            reference.step()
+            assert float(ours.grad_norm) == pytest.approx(float(reference.grad_norm), nan_ok=True)
+            assert int(ours.skipped_steps) == int(reference.skipped_steps)
+        for p, q in zip(spread, alone, strict=True):
+            torch.testing.assert_close(p.detach().cpu(), q.detach())
+        assert int(ours.skipped_steps) == 2
+
+
+@several
+def test_the_learning_rate_on_another_device() -> None:
+    params = make_params()
+    there = [Parameter(p.detach().to(f"{DEVICE.type}:1")) for p in params]
+    rate = torch.tensor(0.25, device=f"{DEVICE.type}:0")
+    optimizer = fusedopt.SGD([*params, *there], lr=rate)
+    before = [p.detach().clone() for p in params]
+    for p in (*params, *there):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, q, b in zip(params, there, before, strict=True):
+        torch.testing.assert_close(p.detach(), b - 0.25)
+        torch.testing.assert_close(q.detach().to(p.device), b - 0.25)
+
+
+@every_class
+def test_checkpoints_travel(case: Case) -> None:
+    """From the CPU to a device and back, ours and stock's, in the middle of a run."""
+    here = on_cpu(make_params())
+    first = case.stock(here)
+    reference = case.stock(on_cpu(make_params()))
+    optimizers = [first, None, None, None]
+    models = [here, make_params(), on_cpu(make_params()), make_params()]
+    kinds = [case.stock, case.ours, case.ours, case.stock]
+    for turn in range(4):
+        if turn:
+            optimizers[turn] = kinds[turn](models[turn])
+            with torch.no_grad():
+                for p, q in zip(models[turn], models[turn - 1], strict=True):
+                    p.copy_(q)
+            optimizers[turn].load_state_dict(copy.deepcopy(optimizers[turn - 1].state_dict()))
+        for step in range(3):
+            for optimizer in (optimizers[turn], reference):
+                set_grads(params_of(optimizer), 3 * turn + step)
+                optimizer.step()
+    for p, q in zip(models[3], params_of(reference), strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach())
+
+
+@every_class
+def test_a_checkpoint_resumes_to_the_bit(case: Case) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    options = {"weight_precision": "stochastic", "ema_decay": 0.9}
+    optimizer = case.ours(params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.accumulate()
+        if step != 2:
+            optimizer.step()
+    others = [Parameter(p.detach().clone()) for p in params]
+    resumed = case.ours(others, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for run in (optimizer, resumed):
+        run.step()
+        set_grads(params_of(run), 3)
+        run.step()
+    torch.testing.assert_close(contents_of(optimizer), contents_of(resumed), rtol=0, atol=0)
+
+
+def test_errors_name_the_device() -> None:
+    params = make_params()
+    optimizer = fusedopt.AdamW(params)
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].cpu()
+    with (
+        nothing_written(optimizer),
+        pytest.raises(RuntimeError, match=r"parameter 1 .*state\['exp_avg'\] is on another device"),
+    ):
+        optimizer.step()
+
+
+def test_counters_may_come_from_the_cpu() -> None:
+    """Where stock, unless it is fused or capturable, keeps them."""
+    params = make_params()
+    optimizer = fusedopt.Adam(params)
+    set_grads(params, 0)
+    optimizer.step()
+    for p in params:
+        optimizer.state[p]["step"] = torch.tensor(7.0, device="cpu")
+    optimizer.step()
+    assert all(
+        state["step"] == 8 and state["step"].device.type == DEVICE.type
+        for _, state in contents_of(optimizer)
+    )
+
+
+def test_gradient_scaler() -> None:
+    """torch's own, over steps of which one overflows."""
+    params = make_params()
+    recipe = Recipe(CLASSES[1], params, nonfinite="skip")
+    optimizer = CLASSES[1].ours(params)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, growth_interval=100)
+    for step in range(5):
+        set_grads(params, step)
+        for p in params:
+            p.grad = p.grad.to(p.dtype)
+        if step == 2:
+            params[0].grad.view(-1)[0] = math.inf
+        recipe.step([[p.grad.clone() for p in params]])
+        scale = scaler.scale(number(1.0))
+        for p in params:
+            p.grad.mul_(scale)
+        scaler.step(optimizer)
+        scaler.update()
+    for p, q in zip(params, recipe.params, strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6)
+    assert int(optimizer.skipped_steps) == 1
+
+
+def test_weights_in_other_forms_are_made_on_the_device() -> None:
+    """Options switched in the middle of a run, also those that need the weight's hidden part."""
+    params = make_params(dtype=torch.bfloat16)
+    optimizer = fusedopt.AdamW(params, lr=0.01, weight_precision="kahan", state_dtype=torch.uint8)
+    for step, precision in enumerate(["kahan", "remainder", "master", "kahan", "nearest"]):
+        optimizer.weight_precision = precision
+        set_grads(params, step)
+        optimizer.step()
+        for p, state in contents_of(optimizer):
+            shaped = [v for k, v in state.items() if k not in ("step", "seed", "grad_count")]
+            assert {v.device for v in shaped} == {p.device}
+    optimizer.state_dtype = torch.float32
+    optimizer.step()
+
+
+def test_groups_move_and_grow() -> None:
+    """The table in device memory follows the groups."""
+    twins = Twins(Case("SGD", {"lr": 0.1, "momentum": 0.9}), lambda: make_params([(40,)] * 6)).step(
+        2
+    )
+    twins.each(lambda o, _: o.add_param_group({"params": make_params([(9,), (300,)]), "lr": 0.5}))
+    twins.step(2)
+
+    def regroup(optimizer: torch.optim.Optimizer, _: list[Tensor]) -> None:
+        first, second = optimizer.param_groups
+        second["params"].insert(0, first["params"].pop())
+
+    twins.each(regroup)
+    twins.step(2)
+    twins.each(lambda o, _: o.param_groups.pop())
+    twins.step(2)
+    assert_same(*twins)
+
+
+@only_cuda
+def test_side_streams() -> None:
+    """Steps on the streams of the caller, which may be a new one each time."""
+    params, others = make_params([(100_000,)] * 4), make_params([(100_000,)] * 4)
+    ours, reference = (
+        fusedopt.AdamW(params, max_grad_norm=1.0),
+        fusedopt.AdamW(others, max_grad_norm=1.0),
+    )
+    for step in range(20):
+        set_grads(others, step)
+        reference.step()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            set_grads(params, step)
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(contents_of(ours), contents_of(reference), rtol=0, atol=0)
+
+
+@only_cuda
+def test_more_than_2_to_the_31_elements() -> None:
+    n = 2**31 + 259
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of device memory")
+    param = Parameter(torch.ones(n, dtype=torch.bfloat16, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = fusedopt.SGD([param], lr=0.5, momentum=0.5, max_grad_norm=math.inf)
+    optimizer.step()
+    assert bool((param == 0.5).all())
+    assert float(optimizer.grad_norm) == pytest.approx(math.sqrt(n), rel=1e-12)
+    param.grad[-1] = 2
+    optimizer.step()
+    assert float(param[-1]) == 0.5 - 0.5 * 2.5
+    assert float(param[-2]) == 0.5 - 0.5 * 1.5
+    assert bool((param[:-1] == param[0]).all())
+
+
+@only_cuda
+def test_memory_is_torchs() -> None:
+    """All that a step needs on the device shows in torch's statistics, and goes with it."""
+    params = make_params([(1000,)] * 100)
+    set_grads(params, 0)
+    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() > before[0]
+    del optimizer
+    assert torch.cuda.memory_allocated() == before[0]
