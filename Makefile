@@ -15,13 +15,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
+ON_A_DEVICE := $(addprefix tests/test_,device.py average.py momentum.py precision.py)
+
+# One architecture is enough to develop with; wheels get all (setup.py).
+export FUSEDOPT_CUDA_ARCHS ?= 90
+wheel: export FUSEDOPT_CUDA_ARCHS :=
+
 .PHONY: demo test bench lint sanitize resources wheel clean build
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
 
+# The second run is of the CUDA path, on an emulated GPU.
 test: build
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --device fake $(ON_A_DEVICE)
 
 bench: build
 	mkdir -p build

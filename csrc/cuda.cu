@@ -127,7 +127,8 @@ constexpr size_t kSmallParcel = 4096 - 64, kLargeParcel = 32768 - 64;
 
 // One unit for each thread.
 template <size_t kBytes>
-__global__ void upload_kernel(const __grid_constant__ Parcel<kBytes> parcel, uint4* to, unsigned n) {
+__global__ void upload_kernel(const __grid_constant__ Parcel<kBytes> parcel, uint4* to,
+                              unsigned n) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) to[i] = reinterpret_cast<const uint4*>(parcel.bytes)[i];
 }

@@ -35,6 +35,12 @@ PyObject* hidden_name(WeightPrecision precision) {
   }
 }
 
+// A gradient of no elements may have no memory, but is there.
+Operand gradient(const View& g) {
+  static char nothing;
+  return {g.data != nullptr ? g.data : &nothing, g.dtype, nullptr};
+}
+
 }  // namespace
 
 bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, PyObject* grad) {
@@ -49,8 +55,9 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
   }
   if (!is_float(p.dtype)) return fall_back(place, "a parameter of an unusual dtype"), false;
   if (p.device != kHost && !cuda_runs_on(p.device)) {
-    return fall_back(place, "a parameter on a CUDA device for which this build of fusedopt has no "
-                            "kernels (see FUSEDOPT_CUDA_ARCHS)"),
+    return fall_back(place,
+                     "a parameter on a CUDA device for which this build of fusedopt has no "
+                     "kernels (see FUSEDOPT_CUDA_ARCHS)"),
            false;
   }
   if (grad != nullptr) {
@@ -78,9 +85,7 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
   task.numel = count(p) * (p.complex ? 2 : 1);
   task.param = {p.data, p.dtype, nullptr};
   task.grad = {};
-  // A gradient of no elements may have no memory, but is there.
-  static char nothing;
-  if (grad != nullptr) task.grad = {g.data != nullptr ? g.data : &nothing, g.dtype, nullptr};
+  if (grad != nullptr) task.grad = gradient(g);
   // A lazily negated tensor of several elements has gaps: it is half of a complex one.
   bool plain = task.numel > 1 && !p.complex && is_row_major(p);
   plain = plain && (grad == nullptr || is_row_major(g));
@@ -219,8 +224,8 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
   const auto add = [&](const py::object& object, PyObject* name, Operand* operand) {
     View& view = found->view[found->n];
     if (read_tensor(object.ptr(), &view) != Reading::kOk) {
-      fail(place, "state[" + quoted(name) +
-                      "] is not a dense floating-point tensor, as it is itself");
+      fail(place,
+           "state[" + quoted(name) + "] is not a dense floating-point tensor, as it is itself");
     }
     if (view.device != p.device) {
       fail(place, "state[" + quoted(name) + "] is on another device");
@@ -288,8 +293,8 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
     if (!objects[kScale + k]) continue;
     View view;
     const bool ok = read_tensor(objects[kScale + k].ptr(), &view) == Reading::kOk &&
-                    view.device == p.device && view.dtype == DType::kFloat32 && !view.complex && is_row_major(view) &&
-                    count(view) == (count(p) + kBlock - 1) / kBlock;
+                    view.device == p.device && view.dtype == DType::kFloat32 && !view.complex &&
+                    is_row_major(view) && count(view) == (count(p) + kBlock - 1) / kBlock;
     if (!ok) {
       fail(place, "the scale of state[" + quoted(group_states_[k]) + "] is not a float32 tensor " +
                       "with an element for each " + std::to_string(kBlock) + " of the state's");
@@ -325,7 +330,7 @@ bool Stepper::arrange(Entry& entry, const Place& place, PyObject* param, const V
     py::object resolved = py::handle(grad).attr("resolve_conj")().attr("resolve_neg")();
     if (read_tensor(resolved.ptr(), &g) != Reading::kOk) return false;
     grads_.push_back(resolved.release().ptr());
-    task.grad.data = g.data;
+    task.grad = gradient(g);
   }
   for (int i = 0; i < found.n; ++i) {
     if (!never_overlaps(found.view[i]) || is_lazy(found.object[i])) return false;

@@ -34,8 +34,8 @@ struct Entry {
   bool known = false;  // described before, all in one shape: `shape` and `task` hold
   int64_t epoch = -1;  // when its state was found to be its own, and no one else's
   bool lacks_first = false;
-  bool dampens = false;        // Stepper::dampens()
-  bool first_by_step = false;  // state[0] has never been written as long as its "step" is 0
+  bool dampens = false;               // Stepper::dampens()
+  bool first_by_step = false;         // state[0] has never been written as long as its "step" is 0
   const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,
   const void* grad_sizes = nullptr;   // for prefetch()
   Shape shape;

@@ -24,7 +24,8 @@ FUSEDOPT_HD inline uint64_t magnitude_bits(double g) {
   return bit_cast<uint64_t>(g) & 0x7fffffffffffffffu;
 }
 
-// The norm, from the squares' sum or the largest magnitude of gradients that have yet to be multiplied.
+// The norm, from the squares' sum or the largest magnitude of gradients that have yet to be
+// multiplied.
 FUSEDOPT_HD inline double norm_of(NormType type, double total, double multiplier) {
   return (type == NormType::kTwo ? sqrt(total) : total) * multiplier;
 }

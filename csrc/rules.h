@@ -61,9 +61,12 @@ struct L2Penalty {
 // the weight itself ("decoupled") where Adam adds the decay to the gradient.
 // AMSGrad: Reddi, Kale & Kumar 2018, Algorithm 2.
 constexpr Family kAdamFamily = {
-    "adam",       {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay?"},
-    {"amsgrad?"}, {{"exp_avg", -1, false}, {"exp_avg_sq", -1, true}, {"max_exp_avg_sq", 0, true}},
-    true,         false,
+    "adam",
+    {"lr", "betas.0", "betas.1", "eps", "weight_decay", "decoupled_weight_decay?"},
+    {"amsgrad?"},
+    {{"exp_avg", -1, false}, {"exp_avg_sq", -1, true}, {"max_exp_avg_sq", 0, true}},
+    true,
+    false,
     -1};
 
 template <class T, bool kAmsgrad>
@@ -104,11 +107,13 @@ struct Adam {
 // SGD with momentum as Sutskever et al. 2013, in torch's form: the buffer starts as the first
 // gradient, undampened, and the learning rate multiplies it at every step. With dampening equal
 // to momentum it is the exponentially weighted average s_t = b s_(t-1) + (1 - b) g_t, s_1 = g_1.
-constexpr Family kSgdFamily = {
-    "sgd",        {"lr", "momentum", "dampening", "weight_decay", "nesterov?"},
-    {"momentum"}, {{"momentum_buffer", 0, false}},
-    false,        true,
-    2};
+constexpr Family kSgdFamily = {"sgd",
+                               {"lr", "momentum", "dampening", "weight_decay", "nesterov?"},
+                               {"momentum"},
+                               {{"momentum_buffer", 0, false}},
+                               false,
+                               true,
+                               2};
 
 template <class T, bool kMomentum>
 struct Sgd {

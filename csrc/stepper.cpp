@@ -99,8 +99,10 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     has_host_ = false;
     for (const Active& active : active_) {
       const int device = entries_[active.entry].device;
-      if (device == kHost) has_host_ = true;
-      else part_of(device).active = true;
+      if (device == kHost)
+        has_host_ = true;
+      else
+        part_of(device).active = true;
     }
     if (seen != state && PyDict_SetItemString(attributes.ptr(), "_state_seen", state) != 0) {
       throw py::error_already_set();
@@ -171,7 +173,8 @@ void Stepper::prepare(double divisor, const py::dict& grad_scale, const py::dict
 }
 
 py::list Stepper::measure(int threads) {
-  const auto n_parts = std::count_if(parts_.begin(), parts_.end(), [](auto& p) { return p.active; });
+  const auto n_parts =
+      std::count_if(parts_.begin(), parts_.end(), [](auto& p) { return p.active; });
   const bool alone = n_parts + has_host_ == 1;
   py::list reports;
   for (Part& part : parts_) {

@@ -85,8 +85,7 @@ void test_gpu_norm() {
         // What was left of the step before does not matter.
         control.total = 1e300, control.found = 7;
         emulated::measure(mixed.plan(), options, &control, &norms[k]);
-        check(std::fabs(norms[k] - expected) <= 1e-14 * expected, "gpu norm", int(type),
-              k);
+        check(std::fabs(norms[k] - expected) <= 1e-14 * expected, "gpu norm", int(type), k);
         check(type == NormType::kTwo || norms[k] == expected, "gpu inf norm", k);
         check(control.found == 0 && control.nonfinite == 0, "all finite", k);
       }
@@ -114,8 +113,8 @@ void test_gpu_nonfinite() {
         emulated::measure(mixed.plan(), options, &control, &norm);
         check(measured.nonfinite_task == task && control.found == uint64_t(task) + 1,
               "the first that is not finite", task, int(control.found));
-        check(norm == expected || (norm != norm && expected != expected),
-              "its norm", int(type), task);
+        check(norm == expected || (norm != norm && expected != expected), "its norm", int(type),
+              task);
         const Mixed before(mixed);
         const std::vector<double> steps = options.steps;
         emulated::update(mixed.plan(), &options, &control);

@@ -35,14 +35,16 @@ def _build() -> Path:
     compiler = setup.find_compiler()
     common = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", f"-I{ROOT}/csrc"]
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-    avx2 = setup.X86_KERNELS["cpu_avx2.cpp"]
+    # The CPU's kernels, too: both round alike where there are fused multiply-adds.
+    x86 = setup.builds_x86_kernels(compiler)
+    kernels = {"cpu_base.cpp": [], **(setup.X86_KERNELS if x86 else {})}
+    common += ["-DFUSEDOPT_X86"] if x86 else []
+    emulated = [*setup.KERNEL, "-O2", "-DFUSEDOPT_ISA=emulated"]
     flags = {
         **{ROOT / "csrc" / f"{name}.cpp": python for name in setup.PYTHON_SOURCES},
         **{ROOT / "csrc" / f"{name}.cpp": [] for name in setup.SOURCES},
-        ROOT / "csrc" / "cpu_base.cpp": setup.KERNEL,
-        ROOT / "tests" / "emulated_cuda.cpp": [
-            *(*setup.KERNEL, *avx2, "-DFUSEDOPT_ISA=emulated", "-O2"),
-        ],
+        **{ROOT / "csrc" / name: setup.KERNEL + isa for name, isa in kernels.items()},
+        ROOT / "tests" / "emulated_cuda.cpp": emulated + kernels.get("cpu_avx2.cpp", []),
     }
     target = FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines = [
