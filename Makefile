@@ -6,6 +6,7 @@
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
+#   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA)
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
 
@@ -21,7 +22,7 @@ ON_A_DEVICE := $(addprefix tests/test_,device.py average.py momentum.py precisio
 export FUSEDOPT_CUDA_ARCHS ?= 90
 wheel: export FUSEDOPT_CUDA_ARCHS :=
 
-.PHONY: demo test bench lint sanitize resources wheel clean build
+.PHONY: demo test bench lint sanitize resources gpu-report wheel clean build
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
@@ -47,6 +48,10 @@ sanitize: build
 
 resources: build
 	$(BIN)/python -m pytest -s tests/test_cuda_build.py
+
+# On a machine with a GPU. Uses the Python that has torch for it, not .venv.
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py
 
 wheel: build
 	$(PIP) build
