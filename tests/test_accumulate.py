@@ -24,6 +24,7 @@ from cases import Case
 from helpers import (
     CLASSES,
     SETTLED,
+    as_stock_counts,
     classes,
     complete_state,
     contents_of,
@@ -158,6 +159,7 @@ class Windows:
         for (p, mine), (q, theirs) in pairs:
             if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
                 theirs = {}
+            mine = as_stock_counts(mine, theirs)
             # torch's tolerances for the dtype that is in use; the counters are float32's.
             torch.testing.assert_close((p, mine), (q, theirs), check_dtype=False)
         return self

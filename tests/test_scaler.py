@@ -12,6 +12,7 @@ import torch
 from cases import Case
 from helpers import (
     SETTLED,
+    as_stock_counts,
     assert_same,
     classes,
     complete_state,
@@ -121,6 +122,7 @@ class Scaled:
         mine, theirs = model_of(self.ours), model_of(self.stock)
         for (p, state), (q, other) in zip(mine, theirs, strict=True):
             other = {k: v for k, v in other.items() if v is not None}
+            state = as_stock_counts(state, other)
             torch.testing.assert_close((p, state), (q, other))
 
 
