@@ -8,14 +8,16 @@ else, from the optimizers down to the tables in device memory, is what runs on C
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fake_device
 import ninja
@@ -66,6 +68,28 @@ def _build() -> Path:
     return target
 
 
+def _guarded(stepper: type) -> type:
+    """The same class; while one of its methods runs, the host cannot touch device memory."""
+
+    def guard(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def guarded(*args: Any) -> Any:
+            leave()
+            try:
+                return method(*args)
+            finally:
+                enter()
+
+        return guarded
+
+    device = fake_device.load()
+    enter, leave = (
+        ctypes.CFUNCTYPE(None)(a()) for a in (device.enter_address, device.leave_address)
+    )
+    methods = {name: guard(m) for name, m in vars(stepper).items() if not name.startswith("_")}
+    return type("Stepper", (stepper,), methods)
+
+
 def install() -> None:
     """Make this the extension that fusedopt loads; before fusedopt is imported."""
     global _library
@@ -82,6 +106,7 @@ def install() -> None:
     )
     for name in ("launches", "uploads", "begin_capture"):
         getattr(_library, f"emulated_{name}").restype = ctypes.c_int64
+    module.Stepper = _guarded(module.Stepper)
 
 
 def synchronizations() -> int:
@@ -106,9 +131,11 @@ class Graph:
     def capture(self) -> Iterator[None]:
         """Record what the block launches, instead of doing it."""
         self._number = _library.emulated_begin_capture()
+        fake_device.load().keep(True)  # as in the graph's own memory pool
         try:
             yield
         finally:
+            fake_device.load().keep(False)
             _library.emulated_end_capture()
 
     def replay(self) -> None:

@@ -1,6 +1,7 @@
 // A fake accelerator for tests: torch's PrivateUse1 backend with two devices. The operators run on
-// the CPU; what is real is the rest, such as memory that the host cannot touch, and a count of the
-// waits for the device. fake_device.py builds and registers it.
+// the CPU; what is real is the rest, such as memory that the host cannot touch while tests say so
+// (fake_device_leave), and a count of the waits for the device. fake_device.py builds and
+// registers it.
 #define AT_PER_OPERATOR_HEADERS
 #include <ATen/DeviceGuard.h>
 #include <ATen/EmptyTensor.h>
@@ -43,10 +44,11 @@ std::atomic<int64_t> synchronizations = 0;
 std::atomic<int64_t> fallbacks = 0;
 thread_local bool in_fallback = false;
 thread_local c10::DeviceIndex current_device = 0;
+bool keeps = false;  // what is allocated is never used again, as a graph may
 
 char* arena() {
   static char* const memory = [] {
-    void* mapped = mmap(nullptr, kDevices * kDeviceBytes, PROT_NONE,
+    void* mapped = mmap(nullptr, kDevices * kDeviceBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(mapped != MAP_FAILED, "no address space for the fake device");
     madvise(mapped, kDevices * kDeviceBytes, MADV_HUGEPAGE);  // mprotect() visits every used page
@@ -56,7 +58,7 @@ char* arena() {
 }
 
 std::mutex entering;
-int entered = 0;
+int entered = 1;
 
 void protect(int protection) {
   if (mprotect(arena(), kDevices * kDeviceBytes, protection) != 0) std::abort();
@@ -64,7 +66,9 @@ void protect(int protection) {
 
 }  // namespace
 
-// Around all that a kernel or a copy would do on the device. May be nested.
+// Around all that a kernel or a copy would do on the device. May be nested. One more leave() than
+// enter() makes the memory inaccessible in between; to have it always so would make each of torch's
+// operators pay for it.
 extern "C" void fake_device_enter() {
   const std::lock_guard<std::mutex> lock(entering);
   if (entered++ == 0) protect(PROT_READ | PROT_WRITE);
@@ -94,7 +98,7 @@ class Allocator final : public c10::Allocator {
     if (bytes == 0) return {nullptr, device};
     size_t size = kSmallestBlock;
     while (size < bytes) size *= 2;
-    auto* block = new Block{take(device.index(), size), size, device.index()};
+    auto* block = new Block{take(device.index(), size), size, device.index(), keeps};
     return {block->data, block, [](void* b) { give_back(static_cast<Block*>(b)); }, device};
   }
 
@@ -108,6 +112,7 @@ class Allocator final : public c10::Allocator {
     char* data;
     size_t size;
     c10::DeviceIndex device;
+    bool kept;
   };
 
   struct Memory {
@@ -133,7 +138,7 @@ class Allocator final : public c10::Allocator {
   static void give_back(Block* block) {
     fill(block->data, block->size);
     const std::lock_guard<std::mutex> lock(mutex_);
-    memory_[block->device].free[block->size].push_back(block->data);
+    if (!block->kept) memory_[block->device].free[block->size].push_back(block->data);
     delete block;
   }
 
@@ -309,6 +314,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks);
   m.def("enter_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_enter); });
   m.def("leave_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_leave); });
+  m.def("keep", [](bool keep) { keeps = keep; });
   m.def("synchronizations", [] { return synchronizations.load(); });
   m.def("fallbacks", [] { return fallbacks.load(); });
 }

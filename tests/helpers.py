@@ -93,8 +93,23 @@ def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
         )
         if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
             theirs = {}
+        if not theirs and not written(mine):
+            mine = {}
         mine = as_stock_counts(mine, theirs)
         torch.testing.assert_close((p, mine), (q, theirs), **tolerance)
+
+
+def written(state: dict[str, Any]) -> bool:
+    """Whether a step has written to a parameter's state.
+
+    A device decides by itself to skip a step, and then the state of a first step is there as it
+    was made; that of SGD without dampening, which counts no steps, is zeros.
+    """
+    if not state:
+        return False
+    if DEVICE.type == "cpu" or "step" in state:
+        return bool(state.get("step", 1) != 0)
+    return "momentum_buffer" not in state or bool(state["momentum_buffer"].any())
 
 
 def as_stock_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def nothing_written(optimizer: Optimizer) -> Iterator[None]:
         assert set(vars(optimizer)["state"]) == keys
     else:
         known = [state.keys() for _, state in before]
-        assert all(s.get("step", 0) == 0 for (_, s), k in zip(after, known, strict=True) if not k)
+        assert not any(written(s) for (_, s), k in zip(after, known, strict=True) if not k)
         after = [(p, {n: s[n] for n in k}) for (p, s), k in zip(after, known, strict=True)]
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True, check_stride=True)
 

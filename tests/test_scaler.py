@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Case
 from helpers import (
+    DEVICE,
     SETTLED,
     as_stock_counts,
     assert_same,
@@ -23,6 +24,7 @@ from helpers import (
     params_of,
     random_tensor,
     table,
+    written,
 )
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -36,7 +38,7 @@ SCALES = {"one": 1.0, "usual": 2.0**16, "large": 2.0**60, "small": 2.0**-5}
 
 
 def make_scaler(scale: float = 1024.0, **options: Any) -> GradScaler:
-    scaler = GradScaler("cpu", enabled=True, init_scale=scale, **options)
+    scaler = GradScaler(DEVICE.type, enabled=True, init_scale=scale, **options)
     scaler.scale(torch.ones(()))  # makes its tensors
     return scaler
 
@@ -71,7 +73,7 @@ def model_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     """Parameters and state, without the accumulators of a window. State of no steps is none."""
     own = ("grad_sum", "grad_count")
     return [
-        (p, {k: v for k, v in state.items() if k not in own and state.get("step") != 0})
+        (p, {k: v for k, v in state.items() if k not in own} if written(state) else {})
         for p, state in contents_of(optimizer)
     ]
 
@@ -300,7 +302,7 @@ def test_an_overflow_writes_nothing(case: Case, steps: int, where: int, value: f
         assert runs.ours.grad_norm.isnan()
         assert runs.scaler.get_scale() == 1024.0 / 2**times
     if steps == 0 and case.name != "Adagrad":  # which has its state from the start
-        assert not vars(runs.ours)["state"]
+        assert not any(written(state) for state in vars(runs.ours)["state"].values())
     for _ in range(3):
         runs.window()
         runs.compare()
@@ -367,7 +369,7 @@ def test_two_optimizers_share_a_scaler(case: Case) -> None:
 
 @every_class
 def test_a_disabled_scaler(case: Case) -> None:
-    scaler = GradScaler("cpu", enabled=False)
+    scaler = GradScaler(DEVICE.type, enabled=False)
     ours, stock = case.ours(make_params()), case.stock(make_params())
     for number in range(SETTLED):
         for optimizer in (ours, stock):
@@ -416,6 +418,8 @@ def test_training(case: Case, training: tuple, clip: bool) -> None:
     Stock takes each step from our weights: what rounds differently may not overflow differently.
     """
     dtype, settings = training
+    if DEVICE.type == "fake":
+        pytest.skip("no autocast on the emulated GPU")
     case = Case(case.name, {**case.options, "lr": LEARNING_RATES[case.name]})
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2))
@@ -423,14 +427,14 @@ def test_training(case: Case, training: tuple, clip: bool) -> None:
     ours = case.ours(models[0].parameters(), **({"max_grad_norm": 1.0} if clip else {}))
     stock = case.stock(models[1].parameters())
     complete_state(stock)
-    scalers = [GradScaler("cpu", enabled=True, **settings) for _ in models]
+    scalers = [GradScaler(DEVICE.type, enabled=True, **settings) for _ in models]
     truth = random_tensor((16, 2), torch.float32, 1)
     losses, scales = [], [settings["init_scale"]]
     for number in range(60):
         models[1].load_state_dict(models[0].state_dict())
         x = random_tensor((32, 16), torch.float32, 10 + number)
         for model, optimizer, scaler in zip(models, (ours, stock), scalers, strict=True):
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(DEVICE.type, dtype):
                 output = model(x)
             loss = 4 * (output.float() - torch.tanh(x @ truth)).square().sum(1).mean()
             scaler.scale(loss).backward()
@@ -757,6 +761,11 @@ def test_found_inf_set_by_hand(
     runs.ours.found_inf = found
     if scale is not None:
         runs.ours.grad_scale = scale
+    if scale is None and accumulated and DEVICE.type != "cpu":
+        # Nobody knows yet whether it is set; were it not, the window would be scaled in part.
+        with pytest.raises(RuntimeError, match=r"unscale_\(\).*accumulate"):
+            runs.ours.step()
+        return
     runs.ours.step()
     torch.testing.assert_close(model_of(runs.ours), before, rtol=0, atol=0)
     assert runs.ours.skipped_steps == 1
