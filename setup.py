@@ -8,8 +8,8 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS   the compiler, and flags to add
     FUSEDOPT_CUDA            auto (default): kernels for CUDA when there is an nvcc; 1: stop when
                              there is none; 0: none
-    FUSEDOPT_CUDA_ARCHS      for which architectures (default: 75,80,86,89,90,100,120); the last
-                             one's also as PTX, for later ones
+    FUSEDOPT_CUDA_ARCHS      for which architectures (default: those of 75,80,86,89,90,100,120 that
+                             nvcc knows); the last one's also as PTX, for later ones
     CUDA_HOME                where CUDA is (default: that of the nvcc on the PATH)
     FUSEDOPT_BUILD_DIR       where object files go (default: build/fusedopt)
 """
@@ -80,7 +80,7 @@ def choose_cuda() -> str | None:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)\.(\d+)", text)
         if release is not None and (int(release[1]), int(release[2])) >= CUDA_OLDEST:
-            print(f"fusedopt: CUDA {release[1]}.{release[2]} ({nvcc}) for {cuda_archs()}")
+            print(f"fusedopt: CUDA {release[1]}.{release[2]} ({nvcc}) for {cuda_archs(nvcc)}")
             return nvcc
         found = f"{nvcc} is not of CUDA {CUDA_OLDEST[0]}.{CUDA_OLDEST[1]} or later"
     if wanted == "1":
@@ -89,9 +89,12 @@ def choose_cuda() -> str | None:
     return None
 
 
-def cuda_archs() -> str:
+def cuda_archs(nvcc: str) -> str:
     """The architectures, as numbers with commas; exits when they are not such."""
-    archs = os.environ.get("FUSEDOPT_CUDA_ARCHS") or CUDA_ARCHS
+    archs = os.environ.get("FUSEDOPT_CUDA_ARCHS")
+    if not archs:  # 100 and 120 came with CUDA 12.8
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        return ",".join(n for n in CUDA_ARCHS.split(",") if f"compute_{n}\n" in known)
     if not re.fullmatch(r"\d+[af]?(,\d+[af]?)*", archs):
         sys.exit(f"fusedopt: FUSEDOPT_CUDA_ARCHS={archs} is not like {CUDA_ARCHS}.")
     return archs
@@ -117,7 +120,10 @@ def cuda_libraries(nvcc: str) -> list[str]:
     for folder in folders:
         if (folder / "libcudart_static.a").exists():
             return [str(folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
-    sys.exit(f"fusedopt: libcudart_static.a is in none of {', '.join(map(str, folders))}.")
+    sys.exit(
+        f"fusedopt: libcudart_static.a is in none of {', '.join(map(str, folders))}. "
+        "(FUSEDOPT_CUDA=0 leaves CUDA away.)"
+    )
 
 
 def find_compiler() -> list[str]:
@@ -176,7 +182,10 @@ class BuildExt(build_ext):
         (folder / "build.ninja").write_text(self.ninja_file(compiler, include, target))
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
         if subprocess.run(command).returncode != 0:
-            sys.exit("fusedopt: the extension did not compile; the compiler's words are above.")
+            sys.exit(
+                "fusedopt: the extension did not compile; the compiler's words are above. "
+                "(FUSEDOPT_CUDA=0 leaves CUDA away.)"
+            )
 
     def ninja_file(self, compiler: list[str], include: str, target: Path) -> str:
         """The text of build.ninja."""
@@ -215,7 +224,9 @@ class BuildExt(build_ext):
             "  description = link $out",
         ]
         if nvcc:
-            command = [nvcc, *cuda_flags(cuda_archs()), "--threads=0"]
+            # Its own choice is the gcc on the PATH.
+            host = [f"-ccbin={compiler[0]}"] if "CXX" in os.environ and len(compiler) == 1 else []
+            command = [nvcc, *cuda_flags(cuda_archs(nvcc)), *host, "--threads=0"]
             lines += [
                 f"rule cuda\n  command = {ninja_quote(command)} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = compile $in (takes minutes)",

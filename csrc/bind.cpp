@@ -22,7 +22,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_type", [] { return std::string(cuda_kind().torch); });
   m.def(
       "is_capturing",
-      [](int device) { return cuda_is_capturing({device, current_stream(device)}); },
+      [](int device) { return cuda_capture({device, current_stream(device)}) != 0; },
       py::arg("device"));
   m.def("check_not_capturing", &check_not_capturing, py::arg("device"));
   m.def("family_states", &family_states, py::arg("family"));

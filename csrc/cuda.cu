@@ -93,9 +93,12 @@ constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
 template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     update_kernel(const __grid_constant__ UpdateArguments arguments) {
-  __shared__ WarpMemory<Rule, T> memory[kBlockWarps];
+  // (Of bytes: what is shared must not be initialized by all threads.)
+  using Memory = WarpMemory<Rule, T>;
+  __shared__ alignas(Memory) unsigned char memory[kBlockWarps][sizeof(Memory)];
   HardwareWarp<LaneTile<T>> warp;
-  update_warp<Rule, T>(arguments, warp, memory[threadIdx.x / kWarpLanes], warp_number(),
+  update_warp<Rule, T>(arguments, warp,
+                       *reinterpret_cast<Memory*>(memory[threadIdx.x / kWarpLanes]), warp_number(),
                        warp_count());
   if (is_last_block(arguments.control)) finish_update(arguments, threadIdx.x, kBlockThreads);
 }
@@ -139,6 +142,26 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Whether the process has a context on a device. In a new thread the first one is the current one
+// without; to make it that would create one, with half a gigabyte of its memory.
+bool has_context(int device) {
+  using GetState = int (*)(int device, unsigned* flags, int* active);
+  static const GetState get_state = [] {
+    void* found = nullptr;
+    const char* const name = "cuDevicePrimaryCtxGetState";
+#if CUDART_VERSION >= 12050
+    cudaDriverEntryPointQueryResult result;
+    (void)cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+    (void)cudaGetDriverEntryPoint(name, &found, cudaEnableDefault);
+#endif
+    return reinterpret_cast<GetState>(found);
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
+}
+
 // Makes a device the current one, until the end of a block.
 class OnDevice {
  public:
@@ -148,7 +171,7 @@ class OnDevice {
     if (before_ >= 0) check(cudaSetDevice(device), "choosing a device");
   }
   ~OnDevice() {
-    if (before_ >= 0) (void)cudaSetDevice(before_);
+    if (before_ >= 0 && has_context(before_)) (void)cudaSetDevice(before_);
   }
   OnDevice(const OnDevice&) = delete;
 
@@ -240,21 +263,27 @@ int cuda_device_count() {
 
 bool cuda_runs_on(int device) {
   return cuda::once_per_device(device, [](int device) {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaErrorInsufficientDriver) return false;
     const cuda::OnDevice on(device);
     cudaFuncAttributes attributes;
-    const bool runs =
-        cudaFuncGetAttributes(&attributes, cuda::accumulate_kernel<float>) == cudaSuccess;
-    (void)cudaGetLastError();
-    return runs;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::accumulate_kernel<float>);
+    switch (error) {
+      case cudaErrorNoKernelImageForDevice:
+      case cudaErrorInvalidDeviceFunction:
+      case cudaErrorUnsupportedPtxVersion: (void)cudaGetLastError(); return false;
+      default: cuda::check(error, "loading the kernels"); return true;
+    }
   });
 }
 
-bool cuda_is_capturing(const CudaQueue& queue) {
+uint64_t cuda_capture(const CudaQueue& queue) {
   const cuda::OnDevice on(queue.device);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cuda::check(cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &status),
+  unsigned long long id = 0;
+  cuda::check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &id),
               "the state of a stream");
-  return status != cudaStreamCaptureStatusNone;
+  return status == cudaStreamCaptureStatusNone ? 0 : uint64_t(id) + 1;
 }
 
 int64_t cuda_max_warps(int device) {
@@ -267,7 +296,8 @@ void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t byte
     int version = 0;
     return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
   }();
-  const auto upload = large ? cuda::upload<cuda::kLargeParcel> : cuda::upload<cuda::kSmallParcel>;
+  const auto upload = large && bytes > cuda::kSmallParcel ? cuda::upload<cuda::kLargeParcel>
+                                                          : cuda::upload<cuda::kSmallParcel>;
   upload(static_cast<cudaStream_t>(queue.stream), static_cast<char*>(to),
          static_cast<const char*>(from), bytes);
 }

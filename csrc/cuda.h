@@ -27,7 +27,8 @@ const char* cuda_architectures();
 // Devices that the driver offers; 0 also when there is no driver.
 int cuda_device_count();
 
-// Whether the kernels run on a device: not when it is of another architecture.
+// Whether the kernels run on a device: not when it is of another architecture, or the driver too
+// old for this build.
 bool cuda_runs_on(int device);
 
 // Where launches go.
@@ -36,10 +37,10 @@ struct CudaQueue {
   void* stream;  // a cudaStream_t
 };
 
-// Whether what goes there is recorded into a graph instead of done.
-bool cuda_is_capturing(const CudaQueue& queue);
+// A number for the graph that what goes there is recorded into instead of done; 0: none.
+uint64_t cuda_capture(const CudaQueue& queue);
 
-// Warps that a launch on a device has at most: as many as run at a time. The length of
+// Warps that a launch on a device has at most, whatever the kernel. The length of
 // MeasureArguments.partial.
 int64_t cuda_max_warps(int device);
 

@@ -408,6 +408,9 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
   const bool sums = arguments.stages.norm != NormType::kInfinity;
   warp.each([&](int lane, LaneNorm& norm) {
     norm = {0, 0};
+#if defined(__CUDACC__)
+#pragma unroll 16  // there may be thousands: have many on the way at a time
+#endif
     for (int64_t i = lane; i < n_warps; i += kWarpLanes) {
       const double part = arguments.partial[i];
       norm.sum += part;

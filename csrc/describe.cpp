@@ -57,7 +57,8 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
   if (p.device != kHost && !cuda_runs_on(p.device)) {
     return fall_back(place,
                      "a parameter on a CUDA device for which this build of fusedopt has no "
-                     "kernels (see FUSEDOPT_CUDA_ARCHS)"),
+                     "kernels (see FUSEDOPT_CUDA_ARCHS), or whose driver is older than the CUDA "
+                     "that it was built with"),
            false;
   }
   if (grad != nullptr) {

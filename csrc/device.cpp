@@ -1,12 +1,13 @@
 #include "device.h"
 
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 
 namespace fusedopt {
 
 void check_not_capturing(int device) {
-  if (!cuda_is_capturing({device, current_stream(device)})) return;
+  if (cuda_capture({device, current_stream(device)}) == 0) return;
   throw std::runtime_error(
       "the first step cannot be captured in a CUDA graph, whose replays would create the "
       "optimizer's state anew each time; take one step before the capture");
@@ -55,14 +56,19 @@ void ResidentTable::upload(const CudaQueue& queue, size_t begin, size_t end) {
   while (begin < end && !differs(begin)) begin += kUnit;
   while (begin < end && !differs(end - kUnit)) end -= kUnit;
   if (begin == end) return;
-  cuda_upload(queue, buffer_.data() + begin, &image_[begin], end - begin);
   if (loaded_.size() < end) loaded_.resize(end);
   std::memcpy(&loaded_[begin], &image_[begin], end - begin);
+  try {
+    cuda_upload(queue, buffer_.data() + begin, &image_[begin], end - begin);
+  } catch (...) {
+    loaded_.clear();  // some of it has been copied
+    throw;
+  }
 }
 
 void Device::begin() {
   queue_ = {index_, current_stream(index_)};
-  capturing_ = cuda_is_capturing(queue_);
+  capture_ = cuda_capture(queue_);
   if (!report_.tensor()) {
     check_not_capturing(index_);
     const int64_t n_warps = cuda_max_warps(index_);
@@ -70,16 +76,22 @@ void Device::begin() {
     table_ = std::make_unique<ResidentTable>(n_warps);
   }
   report_.use(memory_, queue_);
+  if (measuring_) {  // an earlier step has failed in between
+    constexpr char zeros[kUploadUnit] = {};
+    static_assert(offsetof(DeviceControl, nonfinite) + sizeof(uint64_t) == kUploadUnit);
+    cuda_upload(queue_, report_.data(), zeros, sizeof(zeros));
+    measuring_ = capturing();
+  }
 }
 
 void Device::load(const Plan& plan, const std::vector<DeviceCounter>& counters,
                   const std::vector<DeviceRate>& rates, bool same_tasks) {
   current_ = table_.get();
-  if (capturing_) {
-    captured_.push_back(std::make_unique<ResidentTable>(cuda_max_warps(index_)));
-    current_ = captured_.back().get();
+  if (capturing()) {
+    captured_ = std::make_unique<ResidentTable>(cuda_max_warps(index_));
+    current_ = captured_.get();
   }
-  current_->load(memory_, queue_, plan, counters, rates, same_tasks && !capturing_);
+  current_->load(memory_, queue_, plan, counters, rates, same_tasks && !capturing());
 }
 
 MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
@@ -95,12 +107,14 @@ MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
 void Device::measure(const DeviceStages& stages, bool alone) {
   const std::vector<Launch>& launches = current_->launches();
   MeasureArguments arguments = measure_arguments(stages);
+  measuring_ = true;
   for (const Launch& launch : launches) {
     arguments.line = launch.line;
     arguments.first_launch = &launch == &launches.front();
     arguments.last_launch = alone && &launch == &launches.back();
     cuda_measure(queue_, launch.in_double, arguments);
   }
+  measuring_ = !alone;
 }
 
 void Device::finish_measure(const DeviceStages& stages) {
@@ -108,6 +122,7 @@ void Device::finish_measure(const DeviceStages& stages) {
   arguments.line.chunk_tiles = 1;
   arguments.last_launch = true;
   cuda_measure(queue_, false, arguments);
+  measuring_ = false;
 }
 
 void Device::update(const DeviceStages& stages, bool counts_skips) {

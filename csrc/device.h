@@ -84,7 +84,9 @@ class Device {
 
   void accumulate();
 
-  bool capturing() const { return capturing_; }
+  // The graph that records the step, or 0 (cuda_capture()).
+  uint64_t capture() const { return capture_; }
+  bool capturing() const { return capture_ != 0; }
 
   // A tensor of 8-byte words: those of DeviceControl, then the norm.
   const py::object& report() const { return report_.tensor(); }
@@ -100,11 +102,12 @@ class Device {
   int index_;
   TensorMemory memory_;
   CudaQueue queue_ = {};
-  bool capturing_ = false;
-  DeviceBuffer report_;  // and the norm's partial sums behind it
+  uint64_t capture_ = 0;
+  bool measuring_ = false;  // measure() has not been followed by finish_measure() yet
+  DeviceBuffer report_;     // and the norm's partial sums behind it
   std::unique_ptr<ResidentTable> table_;
-  // A graph has a table of its own, which stays as it is: it may be replayed at any time.
-  std::vector<std::unique_ptr<ResidentTable>> captured_;
+  // A captured step's own: its replays write it anew, in the graph's own memory.
+  std::unique_ptr<ResidentTable> captured_;
   ResidentTable* current_ = nullptr;
 };
 

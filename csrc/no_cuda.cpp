@@ -18,7 +18,7 @@ int cuda_device_count() { return 0; }
 
 bool cuda_runs_on(int) { return false; }
 
-bool cuda_is_capturing(const CudaQueue&) { return false; }
+uint64_t cuda_capture(const CudaQueue&) { return false; }
 
 int64_t cuda_max_warps(int) { fail(); }
 

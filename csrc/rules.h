@@ -14,7 +14,8 @@
 // The build forbids the compiler to contract a * b + c into a fused multiply-add by itself; the
 // rules say where one rounding is meant (multiply_add), mostly where stock torch's kernels have
 // it. Division and square root round correctly everywhere. So a rule gives the same bits on every
-// processor that has the instruction.
+// processor that has the instruction; but the constructors call pow() in double, in which a GPU's
+// library may differ from the CPU's by an ulp or two: float64 parameters may show it.
 #pragma once
 
 #include <math.h>

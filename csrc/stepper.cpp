@@ -170,6 +170,7 @@ void Stepper::prepare(double divisor, const py::dict& grad_scale, const py::dict
     part.stages.skip_nonfinite = skip_nonfinite;
   }
   load_devices();
+  if (window_) check_window();
 }
 
 py::list Stepper::measure(int threads) {
@@ -270,8 +271,13 @@ void Stepper::run(int threads, bool stream) {
 int64_t Stepper::accumulate(int threads, int64_t count) {
   plan(1);
   load_devices();
-  const int64_t n = int64_t(active_.size());
-  for (const Active& active : active_) *entries_[active.entry].extra->grad_count = count;
+  if (count == 1) {
+    window_capture_ = 0;
+    for (const Part& part : parts_) {
+      if (part.active) window_capture_ = part.device.capture();
+    }
+  }
+  check_window();
   for (Part& part : parts_) {
     if (part.active) part.device.accumulate();
   }
@@ -279,9 +285,23 @@ int64_t Stepper::accumulate(int threads, int64_t count) {
     py::gil_scoped_release nogil;
     cpu_accumulate(plan_, threads);
   }
-  for (const Active& active : active_) drop_grad(active.param);
+  for (const Active& active : active_) {
+    *entries_[active.entry].extra->grad_count = count;
+    drop_grad(active.param);
+  }
+  const int64_t n = int64_t(active_.size());
   release();
   return n;
+}
+
+void Stepper::check_window() const {
+  for (const Part& part : parts_) {
+    if (!part.active || part.device.capture() == window_capture_) continue;
+    throw std::runtime_error(
+        "accumulate() and the step() that follows must be captured in one CUDA graph, or none of "
+        "them: what has been accumulated would not be there, or would be there again at each "
+        "replay; zero_grad() drops it");
+  }
 }
 
 void Stepper::plan(double multiplier) {
@@ -356,7 +376,7 @@ void Stepper::load(Part* part) {
   }
   const Plan plan = {groups_.data(), tasks.data(), int64_t(tasks.size()), nullptr, {}};
   part->device.load(plan, counters, rates, !part->changed);
-  part->changed = false;
+  if (!part->device.capturing()) part->changed = false;  // else that was another table
 }
 
 std::string Stepper::describe_place(const Place& place) {

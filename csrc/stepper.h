@@ -170,6 +170,9 @@ class Stepper {
   // Finds a device's part, or makes it.
   Part& part_of(int device);
 
+  // Throws when a graph records this step or accumulate(), but not the whole window.
+  void check_window() const;
+
   // Puts the Plan of the parameters on the CPU together.
   void plan(double multiplier);
 
@@ -332,6 +335,7 @@ class Stepper {
   int64_t epoch_ = 0;  // counts the gathers that found the state touched
   bool created_ = false;
   bool window_ = false;
+  uint64_t window_capture_ = 0;  // the graph that has recorded the window's first accumulate()
   bool accumulate_ = false;
   bool has_grads_ = false;
   bool has_host_ = false;

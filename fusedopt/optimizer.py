@@ -24,6 +24,7 @@ from fusedopt.state import (
     HIDDEN,
     ON_CPU,
     adopt,
+    blocks_of,
     encode,
     export,
     hidden_part,
@@ -521,7 +522,10 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if name == "step":
             if isinstance(state.get(name), Tensor):  # on another device
                 return {name: state[name].to(param.device)}
-            return {name: torch.zeros((), dtype=self._step_dtype(group), device=param.device)}
+            # A stock optimizer that does not count has left momentum: that was one step or more.
+            counted = not kernels.family_states(self._family).keys().isdisjoint(state)
+            dtype = self._step_dtype(group)
+            return {name: torch.full((), float(counted), dtype=dtype, device=param.device)}
         if name == "seed":
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
             return {name: seed}
@@ -539,17 +543,26 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             return {name: codes, f"{name}_scale": scale}
         dtype = self._rule_dtype(param) or param.dtype
         if dtype == torch.uint8:
-            values = self._new_state(param, name, torch.float32).nan_to_num_()
-            codes, scale = encode(param, values, square)
-            return {name: codes, f"{name}_scale": scale}
+            # All elements start alike, so that one tells the codes: nobody waits for a device.
+            one = torch.zeros(1, dtype=param.dtype, device="cpu")
+            code, scale = encode(
+                one, self._new_state(one, name, torch.float32).nan_to_num_(), square
+            )
+            codes = like(param, torch.uint8).fill_(int(code))
+            scales = torch.full((blocks_of(param),), float(scale), device=param.device)
+            return {name: codes, f"{name}_scale": scales}
         return {name: self._new_state(param, name, dtype)}
 
     def _recreate_early_state(self) -> None:
-        """Replace the state that stock Adagrad's constructor makes, in the parameter's dtype."""
+        """Replace the state that stock Adagrad's constructor makes: in the parameter's dtype, and
+        with counters on the CPU.
+        """
         names = kernels.family_states(self._family)
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.__dict__["state"].get(param, {})
+                if device.on_device(param) and "step" in state:
+                    state["step"] = state["step"].to(param.device)
                 if self._rule_dtype(param) is not None and device.has_kernels(param):
                     for name in names & state.keys():
                         state.update(self._new_entries(param, group, {}, name))
@@ -616,7 +629,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         names = ("param_groups", "grad_scale", "found_inf")
         saved = {name: attributes.pop(name) for name in names if name in attributes}
         self.param_groups = [
-            {**group, "params": chosen.get(i, []), **({"fused": False} if "fused" in group else {})}
+            {
+                **group,
+                "params": chosen.get(i, []),
+                **({"fused": None} if group.get("fused") else {}),
+            }
             for i, group in enumerate(saved["param_groups"])
         ]
         versions = {p: p._version for ps in chosen.values() for p in ps if p not in self.state}

@@ -119,12 +119,17 @@ def decode(codes: Tensor, scale: Tensor, square: bool, dtype: torch.dtype) -> Te
     return decoded
 
 
+def blocks_of(param: Tensor) -> int:
+    """How many scales a state in 8 bits has."""
+    blocks: int = -(-param.numel() // kernels.BLOCK)
+    return blocks
+
+
 def encode(param: Tensor, values: Tensor, square: bool) -> tuple[Tensor, Tensor]:
     """8-bit codes and their scales of a state's values, rounded to the nearest."""
     ordered = _memory(like(param, torch.float32).copy_(values)).cpu()
     codes = torch.empty(param.numel(), dtype=torch.uint8, device="cpu")
-    blocks = -(-codes.numel() // kernels.BLOCK)
-    scale = torch.empty(blocks, dtype=torch.float32, device="cpu")
+    scale = torch.empty(blocks_of(param), dtype=torch.float32, device="cpu")
     kernels.encode_state(codes, scale, square, ordered, codes.numel())
     encoded = like(param, torch.uint8)
     _memory(encoded).copy_(codes)

@@ -70,7 +70,9 @@ int cuda_device_count() { return 2; }
 
 bool cuda_runs_on(int) { return true; }
 
-bool cuda_is_capturing(const CudaQueue&) { return emulated::capturing; }
+uint64_t cuda_capture(const CudaQueue&) {
+  return emulated::capturing ? emulated::graphs.size() : 0;
+}
 
 int64_t cuda_max_warps(int) { return emulated::kWarps; }
 

@@ -242,8 +242,9 @@ at::Tensor on_host(const at::Tensor& tensor) {
   return host;
 }
 
-at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool) {
-  if (dst.is_cpu() && !in_fallback) ++synchronizations;
+at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blocking) {
+  const bool waits = dst.is_cpu() || (self.is_cpu() && !non_blocking);
+  if (waits && !in_fallback) ++synchronizations;
   const OnDevice on_device;
   on_host(dst).copy_(on_host(self));
   return dst;

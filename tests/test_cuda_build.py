@@ -16,17 +16,32 @@ ARCHITECTURE = "sm_90"
 
 def test_the_build_has_them() -> None:
     """Where there is an nvcc; and the module loads without a driver."""
-    if load_setup().find_nvcc() is None:
-        pytest.skip("no nvcc")
+    if load_setup().choose_cuda() is None:
+        pytest.skip("no CUDA in this build")
     info = build_info()["CUDA"]
-    assert re.match(r"compiled for [\d,]+; \d+ device\(s\)", info), info
+    assert re.match(r"compiled for [\daf,]+; \d+ device\(s\)", info), info
+
+
+def test_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By default those that the compiler knows; what one asks for is not questioned."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_90\\ncompute_90a\\n'\n")
+    nvcc.chmod(0o755)
+    setup = load_setup()
+    monkeypatch.delenv("FUSEDOPT_CUDA_ARCHS", raising=False)
+    assert setup.cuda_archs(str(nvcc)) == "75,80,90"
+    monkeypatch.setenv("FUSEDOPT_CUDA_ARCHS", "100a,120")
+    assert setup.cuda_archs(str(nvcc)) == "100a,120"
+    monkeypatch.setenv("FUSEDOPT_CUDA_ARCHS", "sm_90")
+    with pytest.raises(SystemExit, match="FUSEDOPT_CUDA_ARCHS=sm_90"):
+        setup.cuda_archs(str(nvcc))
 
 
 def test_kernels_do_not_spill(tmp_path: Path) -> None:
     setup = load_setup()
-    nvcc = setup.find_nvcc()
+    nvcc = setup.choose_cuda()
     if nvcc is None:
-        pytest.skip("no nvcc")
+        pytest.skip("no CUDA in this build")
     command = [
         *(nvcc, *setup.CUDA_KERNEL, f"-arch={ARCHITECTURE}", "-Xptxas=-v", "-c"),
         '-DFUSEDOPT_CUDA_ARCHS=""',

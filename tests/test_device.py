@@ -7,7 +7,10 @@ they also make all other tests run there.
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +37,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt import device
 
 pytestmark = [
     pytest.mark.cuda,
@@ -72,8 +76,10 @@ def no_waiting() -> Iterator[None]:
         assert emulation.synchronizations() == before
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -83,8 +89,16 @@ def new_graph() -> Any:
     return emulation.Graph() if FAKE else torch.cuda.CUDAGraph()
 
 
-def capture(graph: Any) -> Any:
-    return graph.capture() if FAKE else torch.cuda.graph(graph)
+@contextmanager
+def capture(graph: Any) -> Iterator[None]:
+    if FAKE:
+        with graph.capture():
+            yield
+        return
+    something = torch.zeros(1, device=DEVICE)
+    with torch.cuda.graph(graph):
+        something.add_(1)  # torch warns of empty graphs, also in place of an error
+        yield
 
 
 def mixed_params() -> list[Parameter]:
@@ -120,6 +134,23 @@ def test_same_as_on_the_cpu(case: Case) -> None:
         assert ours.grad_norm.device.type == DEVICE.type
         norms = float(ours.grad_norm), float(reference.grad_norm)
         assert norms[0] == pytest.approx(norms[1], rel=1e-6, nan_ok=True)
+
+
+@every_class
+@table("options", {"plain": {}, "8_bits": {"state_dtype": torch.uint8}, "all": EVERYTHING})
+def test_nobody_waits_for_state(case: Case, options: dict[str, Any]) -> None:
+    """That the first step, and the first accumulate(), make."""
+    if case.options.get("centered") and "state_dtype" in options:
+        case = Case(case.name, {"lr": 0.01})
+    params = make_params(dtype=torch.bfloat16)
+    with torch.device("cpu"):  # where stock's constructor may put something
+        optimizer = case.ours(params, **options)
+        set_grads(params, 0)
+        with no_waiting():
+            optimizer.accumulate()
+        set_grads(params, 1)
+        with no_waiting():
+            optimizer.step()
 
 
 @every_class
@@ -256,6 +287,76 @@ def test_graph_of_a_whole_window(case: Case) -> None:
     torch.testing.assert_close(contents_of(ours), contents_of(reference), rtol=0, atol=0)
 
 
+def test_a_step_after_a_capture_knows_what_is_new() -> None:
+    """What the captured step was the first to see, its own table has, but no other."""
+    moved, late = make_params([(300,), (40,)])
+    optimizer = fusedopt.SGD([late, moved], lr=1.0)
+    for _ in range(SETTLED):
+        moved.grad = torch.ones_like(moved)
+        optimizer.step()
+    old = moved.data
+    moved.data = moved.data.clone()
+    moved.grad, late.grad = torch.ones_like(moved), torch.ones_like(late)
+    graph = new_graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    before = [p.detach().clone() for p in (old, moved, late)]
+    optimizer.step()
+    assert torch.equal(old, before[0])
+    assert torch.equal(moved.detach(), before[1] - 1)
+    assert torch.equal(late.detach(), before[2] - 1)
+
+
+def test_windows_across_the_edge_of_a_graph_are_refused() -> None:
+    (param,) = make_params([(30,)])
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    for call in (optimizer.step, optimizer.accumulate, optimizer.step):
+        param.grad = torch.ones_like(param)
+        call()
+
+    param.grad = torch.ones_like(param)
+    with capture(new_graph()):
+        optimizer.accumulate()
+    param.grad = torch.ones_like(param)
+    for call in (optimizer.step, optimizer.accumulate):
+        with nothing_written(optimizer), pytest.raises(RuntimeError, match="in one CUDA graph"):
+            call()
+    optimizer.zero_grad()  # the way out
+
+    param.grad = torch.ones_like(param)
+    optimizer.accumulate()
+    param.grad = torch.ones_like(param)
+    for call in (optimizer.step, optimizer.accumulate):
+        with pytest.raises(RuntimeError, match="in one CUDA graph"), capture(new_graph()):
+            call()
+    before = param.detach().clone()
+    optimizer.step()  # nothing is lost
+    assert torch.equal(param.detach(), before - 1)
+
+
+def test_graphs_that_are_gone_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = []
+
+    def spy(*arguments: Any) -> Tensor:
+        tensor = allocate(*arguments)
+        memory.append(weakref.ref(tensor))
+        return tensor
+
+    allocate = device.allocate
+    monkeypatch.setattr(device, "allocate", spy)
+    params = make_params()
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    set_grads(params, 0)
+    optimizer.step()
+    for _ in range(5):
+        with capture(new_graph()):
+            optimizer.step()
+    gc.collect()
+    assert len(memory) == 7
+    assert sum(tensor() is not None for tensor in memory) == 3
+
+
 @every_class
 def test_capturing_the_first_step_is_refused(case: Case) -> None:
     params = make_params()
@@ -291,7 +392,11 @@ def test_capturable_is_stocks_word_for_graphs(case: Case) -> None:
     optimizer = case.ours(params, capturable=True, max_grad_norm=1.0)
     set_grads(params, 0)
     optimizer.step()
-    assert all(state["step"] == 1 for _, state in contents_of(optimizer))
+    graph = new_graph()
+    with capture(graph):
+        optimizer.step()
+    graph.replay()
+    assert all(state["step"] == 2 for _, state in contents_of(optimizer))
 
 
 @every_class
@@ -389,6 +494,29 @@ def test_several_places(case: Case, places: tuple[Any, ...]) -> None:
 
 
 @several
+def test_a_failure_between_devices_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When both have measured, but nobody has put the parts of the norm together."""
+    params = [Parameter(torch.ones(5, device=f"{DEVICE.type}:{i}")) for i in range(2)]
+    optimizer = fusedopt.SGD(params, lr=1.0, nonfinite="skip")
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    for value in (1.0, math.nan, 2.0):
+        for p in params:
+            p.grad = torch.full_like(p, value)
+        if not math.isnan(value):
+            optimizer.step()
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "combine", fail)
+            with nothing_written(optimizer), pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+    assert int(optimizer.skipped_steps) == 0
+    assert all(bool((p == -2).all()) for p in params)
+
+
+@several
 def test_the_learning_rate_on_another_device() -> None:
     params = make_params()
     there = [Parameter(p.detach().to(f"{DEVICE.type}:1")) for p in params]
@@ -425,6 +553,28 @@ def test_checkpoints_travel(case: Case) -> None:
                 optimizer.step()
     for p, q in zip(models[3], params_of(reference), strict=True):
         torch.testing.assert_close(p.detach().cpu(), q.detach())
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_momentum_of_stock_is_no_first_step(skipped: bool) -> None:
+    """Also when a counter is new, and the device has skipped the first step of ours."""
+    updated = []
+    for place in ("cpu", DEVICE):
+        param = Parameter(torch.ones(5, device=place))
+        options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+        stock = torch.optim.SGD([param], **options)
+        ours = fusedopt.SGD([param], **options, ema_decay=0.9, ema_warmup=True, nonfinite="skip")
+        for optimizer in (stock, stock, ours, ours):
+            if optimizer is ours and not ours.state:
+                ours.load_state_dict(stock.state_dict())
+                if skipped:
+                    param.grad = torch.full_like(param, math.nan)
+                    ours.step()
+                    ours.load_state_dict(ours.state_dict())
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        updated.append([v.cpu() for v in (param.detach(), ours.state[param]["momentum_buffer"])])
+    torch.testing.assert_close(updated[1], updated[0])
 
 
 @every_class
@@ -562,24 +712,35 @@ def test_more_than_2_to_the_31_elements() -> None:
     param.grad = torch.ones_like(param)
     optimizer = fusedopt.SGD([param], lr=0.5, momentum=0.5, max_grad_norm=math.inf)
     optimizer.step()
-    assert bool((param == 0.5).all())
+    weight = param.detach()
+    assert bool((weight == 0.5).all())
     assert float(optimizer.grad_norm) == pytest.approx(math.sqrt(n), rel=1e-12)
     param.grad[-1] = 2
     optimizer.step()
-    assert float(param[-1]) == 0.5 - 0.5 * 2.5
-    assert float(param[-2]) == 0.5 - 0.5 * 1.5
-    assert bool((param[:-1] == param[0]).all())
+    assert float(weight[-1]) == 0.5 - 0.5 * 2.5
+    assert float(weight[-2]) == 0.5 - 0.5 * 1.5
+    assert bool((weight[:-1] == weight[0]).all())
 
 
 @only_cuda
 def test_memory_is_torchs() -> None:
     """All that a step needs on the device shows in torch's statistics, and goes with it."""
-    params = make_params([(1000,)] * 100)
+
+    def others() -> int:
+        """Bytes in use that torch has not allocated: contexts, code, and what went past it."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    params = make_params([(1000,)] * 5000)
     set_grads(params, 0)
-    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    optimizer = fusedopt.SGD(params, lr=0.1)
+    fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0).step()  # loads the kernels
+    before = torch.cuda.memory_allocated(), others()
+    optimizer = fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0)
     optimizer.step()
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() > before[0]
+    # The table of so many tasks takes more than a megabyte.
+    assert torch.cuda.memory_allocated() > before[0] + 2**20
+    assert others() == before[1]
     del optimizer
     assert torch.cuda.memory_allocated() == before[0]
