@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py --json gpu.json
 
-Times are of whole steps, from call to the device's being done; a ratio is of two contenders that
-took turns in one process. With a norm, torch's contenders call ``clip_grad_norm_`` first.
+Times are of whole steps, up to 20 of which are queued before the device is waited for; a ratio is
+of two contenders that took turns in one process. With a norm, torch's contenders call
+``clip_grad_norm_`` first. Host times are those of a call that finds the device idle and, as after
+any ``backward()``, gradients at other addresses than the call before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,16 @@ import fusedopt
 
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.01}
 BYTES = 28  # read and written for an element: p, m and v twice, g once
+NORM_BYTES = 4  # g once more
+
+
+def commit() -> str:
+    """The checkout's; empty when there is none, or no git."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def clock() -> float:
@@ -32,14 +44,23 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def contenders(case: Case, clip: bool) -> dict[str, Step]:
-    """Everyone with parameters and state of their own, on the same gradients."""
-    grads = [torch.randn(shape, device="cuda") for shape in case.shapes]
+def contenders(case: Case, clip: bool) -> tuple[dict[str, Step], Callable[[], None]]:
+    """Everyone with parameters and state of their own, on the same gradients.
+
+    And what gives all of them other gradients.
+    """
+    batches = [[torch.randn(shape, device="cuda") for shape in case.shapes] for _ in range(2)]
+    models: list[list[torch.nn.Parameter]] = []
+
+    def next_batch() -> None:
+        batches.reverse()
+        for params in models:
+            for p, g in zip(params, batches[0], strict=True):
+                p.grad = g
 
     def model() -> list[Any]:
-        params = [torch.nn.Parameter(torch.randn_like(g)) for g in grads]
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
+        params = [torch.nn.Parameter(torch.randn_like(g)) for g in batches[0]]
+        models.append(params)
         return [{"params": [p]} for p in params] if case.group_each else params
 
     def stock(**how: bool) -> Step:
@@ -54,23 +75,27 @@ def contenders(case: Case, clip: bool) -> dict[str, Step]:
         return step
 
     def copy() -> Step:
-        source = torch.empty(case.elements * BYTES // 2, dtype=torch.uint8, device="cuda")
+        moved = BYTES + (NORM_BYTES if clip else 0)
+        source = torch.empty(case.elements * moved // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
     ours = fusedopt.AdamW(model(), **OPTIONS, max_grad_norm=1e9 if clip else None)
-    return {
+    steps = {
         "foreach": stock(foreach=True),
         "fused": stock(fused=True),
         "ours": ours.step,
         "copy": copy(),
     }
+    next_batch()
+    return steps, next_batch
 
 
-def host_time(step: Callable[[], None], count: int = 20) -> float:
-    """Seconds until a step's call returns; the device has time to follow."""
+def host_time(step: Step, next_batch: Callable[[], None], count: int = 20) -> float:
+    """Seconds until a step's call returns."""
     times = []
     for _ in range(count):
+        next_batch()
         start = clock()
         step()
         times.append(time.perf_counter() - start)
@@ -78,7 +103,7 @@ def host_time(step: Callable[[], None], count: int = 20) -> float:
 
 
 def measure(case: Case, clip: bool, budget: float) -> dict[str, Any]:
-    steps = contenders(case, clip)
+    steps, next_batch = contenders(case, clip)
     timings = rounds(steps, budget=budget, clock=clock)
     ours = timings["ours"]
     return {
@@ -86,7 +111,7 @@ def measure(case: Case, clip: bool, budget: float) -> dict[str, Any]:
         "clip": clip,
         "seconds": {name: vars(t.spread) for name, t in timings.items()},
         "ratio to ours": {n: vars(ratio(t, ours)) for n, t in timings.items() if n != "ours"},
-        "host seconds": {name: host_time(step) for name, step in steps.items()},
+        "host seconds": {n: host_time(step, next_batch) for n, step in steps.items()},
     }
 
 
@@ -95,13 +120,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds for a case")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "fusedopt": fusedopt.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cases": [],
     }

@@ -398,8 +398,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """The norm of all gradients in the last step, before clipping: float64, 0-dim.
 
         After unscaling and averaging. nan before the first step, and when the last one did not
-        measure (neither ``max_grad_norm`` nor ``nonfinite``), or a gradient scaler skipped it. On
-        the parameters' device; asking for it does not wait for that.
+        measure (neither ``max_grad_norm`` nor ``nonfinite``), or a gradient scaler skipped it. From
+        the first step on, it is on the parameters' device; asking for it does not wait for that.
         """
         norm = self._grad_norm
         if isinstance(norm, Tensor):
@@ -412,8 +412,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped because of gradients of nan or inf: int64, 0-dim.
 
-        By ``nonfinite`` or by a gradient scaler. On the parameters' device; asking for it does not
-        wait for that.
+        By ``nonfinite`` or by a gradient scaler. From the first step on, it is on the parameters'
+        device; asking for it does not wait for that.
         """
         counts = [device.skipped(report) for report in self._reports()]
         if not counts:
