@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-ON_A_DEVICE := $(addprefix tests/test_,device.py average.py clip.py momentum.py precision.py scaler.py)
+ON_A_DEVICE := $(addprefix tests/test_,device.py average.py clip.py momentum.py precision.py profiling.py scaler.py)
 
 # One architecture is enough to develop with; wheels get all (setup.py).
 export FUSEDOPT_CUDA_ARCHS ?= 90

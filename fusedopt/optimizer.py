@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from fusedopt import device
 from fusedopt.extension import kernels
 from fusedopt.options import ARGUMENTS, OPTIONS, Option, StepOptions, with_options
+from fusedopt.profiling import phase
 from fusedopt.state import (
     HALF,
     HIDDEN,
@@ -202,8 +203,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         stepper.begin()
         created: _Created = []
         try:
-            report = stepper.gather(self.__dict__, False, window, False)
-            fallback = self._create_missing(stepper, created, *report) if report else []
+            with phase("fusedopt: look"):
+                report = stepper.gather(self.__dict__, False, window, False)
+                fallback = self._create_missing(stepper, created, *report) if report else []
             if fallback or stepper.has_host() or policy == "raise":
                 # What happens on the CPU needs the scaler's tensors at once, wherever they are.
                 if found_inf is not None and float(found_inf):
@@ -214,7 +216,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 scale, found_inf = None if scale is None else float(scale), None
             known_scale = scale if isinstance(scale, float) else 1.0
             if fallback:
-                self._leave_to_torch(fallback, created, known_scale)
+                with phase("fusedopt: leave to torch"):
+                    self._leave_to_torch(fallback, created, known_scale)
 
             divisor = self.grad_divisor
             if divisor is None:
@@ -224,7 +227,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             stepper.prepare(known_scale * divisor, *factors, policy != "propagate")
             self._grad_norm = math.nan
             if self.max_grad_norm is not None or policy != "propagate":
-                bad = self._measure(stepper, threads, policy)
+                with phase("fusedopt: norm"):
+                    bad = self._measure(stepper, threads, policy)
                 if bad >= 0 and policy != "propagate":
                     self._roll_back(created)
                     self._skip()
@@ -236,8 +240,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                     return
             # Autograd must know what changes. Told now, while gather() has the tensors in the
             # processor's cache.
-            increment_version(stepper.updated())
-            stepper.run(threads, stream)
+            with phase("fusedopt: update"):
+                increment_version(stepper.updated())
+                stepper.run(threads, stream)
             self._micro_batches = 0
             if self._idle_averages:  # they lag behind from now on
                 self._drop_averages()
@@ -353,16 +358,17 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         stepper.begin()
         created: _Created = []
         try:
-            report = stepper.gather(self.__dict__, False, True, True)
-            while report is not None:
-                missing, fallback = report
-                self._refuse(fallback, "accumulate()")
-                self._create_state(missing, created)
-                report = stepper.gather(self.__dict__, True, True, True)
-            count = self._micro_batches + 1
-            if not stepper.accumulate(torch.get_num_threads(), count):
-                for state in self._window_states():
-                    state["grad_count"].fill_(count)
+            with phase("fusedopt: accumulate"):
+                report = stepper.gather(self.__dict__, False, True, True)
+                while report is not None:
+                    missing, fallback = report
+                    self._refuse(fallback, "accumulate()")
+                    self._create_state(missing, created)
+                    report = stepper.gather(self.__dict__, True, True, True)
+                count = self._micro_batches + 1
+                if not stepper.accumulate(torch.get_num_threads(), count):
+                    for state in self._window_states():
+                        state["grad_count"].fill_(count)
             self._micro_batches = count
         except BaseException:
             self._roll_back(created)

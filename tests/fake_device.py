@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,25 @@ def build() -> ModuleType:
         os.environ["PATH"] = path
 
 
+class Event:
+    """As torch.cuda.Event, of a device that is always done."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.time - self.time)
+
+
 def device_module() -> ModuleType:
     """What torch asks of a device in Python: ``torch.fake``."""
     module = ModuleType("torch.fake")
@@ -40,6 +60,7 @@ def device_module() -> ModuleType:
     module.set_device = torch.accelerator.set_device_index
     module.device = lambda device: torch.accelerator.device_index(torch.device(device).index)
     module.get_amp_supported_dtype = lambda: []
+    module.Event = Event
     # Random numbers come from the CPU's generator.
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
