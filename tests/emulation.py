@@ -74,17 +74,17 @@ def _guarded(stepper: type) -> type:
     def guard(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def guarded(*args: Any) -> Any:
-            leave()
+            shut()
             try:
                 return method(*args)
             finally:
-                enter()
+                open_again()
 
         return guarded
 
     device = fake_device.load()
-    enter, leave = (
-        ctypes.CFUNCTYPE(None)(a()) for a in (device.enter_address, device.leave_address)
+    shut, open_again = (
+        ctypes.CFUNCTYPE(None)(a()) for a in (device.shut_address, device.open_address)
     )
     methods = {name: guard(m) for name, m in vars(stepper).items() if not name.startswith("_")}
     return type("Stepper", (stepper,), methods)

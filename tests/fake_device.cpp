@@ -1,6 +1,6 @@
 // A fake accelerator for tests: torch's PrivateUse1 backend with two devices. The operators run on
 // the CPU; what is real is the rest, such as memory that the host cannot touch while tests say so
-// (fake_device_leave), and a count of the waits for the device. fake_device.py builds and
+// (fake_device_shut), and a count of the waits for the device. fake_device.py builds and
 // registers it.
 #define AT_PER_OPERATOR_HEADERS
 #include <ATen/DeviceGuard.h>
@@ -57,27 +57,31 @@ char* arena() {
   return memory;
 }
 
-std::mutex entering;
-int entered = 1;
+std::mutex counting;
+int inside = 0;  // kernels and copies that run
+int shut = 0;    // calls that keep the host out, of all threads
 
-void protect(int protection) {
+// The host's access follows from both counts. To keep it out always would make each of torch's
+// operators pay for that.
+void count(int& calls, int by) {
+  const std::lock_guard<std::mutex> lock(counting);
+  const auto open = [] { return inside > 0 || shut == 0; };
+  const bool was_open = open();
+  calls += by;
+  if (open() == was_open) return;
+  const int protection = open() ? PROT_READ | PROT_WRITE : PROT_NONE;
   if (mprotect(arena(), kDevices * kDeviceBytes, protection) != 0) std::abort();
 }
 
 }  // namespace
 
-// Around all that a kernel or a copy would do on the device. May be nested. One more leave() than
-// enter() makes the memory inaccessible in between; to have it always so would make each of torch's
-// operators pay for it.
-extern "C" void fake_device_enter() {
-  const std::lock_guard<std::mutex> lock(entering);
-  if (entered++ == 0) protect(PROT_READ | PROT_WRITE);
-}
+// Around all that a kernel or a copy would do on the device. May be nested.
+extern "C" void fake_device_enter() { count(inside, 1); }
+extern "C" void fake_device_leave() { count(inside, -1); }
 
-extern "C" void fake_device_leave() {
-  const std::lock_guard<std::mutex> lock(entering);
-  if (--entered == 0) protect(PROT_NONE);
-}
+// In between, the host cannot touch the memory of the devices. May be nested, also by threads.
+extern "C" void fake_device_shut() { count(shut, 1); }
+extern "C" void fake_device_open() { count(shut, -1); }
 
 namespace {
 
@@ -315,6 +319,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new Hooks);
   m.def("enter_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_enter); });
   m.def("leave_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_leave); });
+  m.def("shut_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_shut); });
+  m.def("open_address", [] { return reinterpret_cast<uintptr_t>(&fake_device_open); });
   m.def("keep", [](bool keep) { keeps = keep; });
   m.def("synchronizations", [] { return synchronizations.load(); });
   m.def("fallbacks", [] { return fallbacks.load(); });

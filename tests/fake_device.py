@@ -54,7 +54,7 @@ class Event:
 def device_module() -> ModuleType:
     """What torch asks of a device in Python: ``torch.fake``."""
     module = ModuleType("torch.fake")
-    module.is_available = lambda: True
+    module.is_available = module.is_initialized = lambda: True
     module.device_count = lambda: 2
     module.current_device = torch.accelerator.current_device_index
     module.set_device = torch.accelerator.set_device_index

@@ -25,17 +25,30 @@ CLASSES = [
     Case("Momentum", {"lr": 0.1, "dampening": 0.9}),
 ]
 
+# What accumulate() keeps in a parameter's state.
+ACCUMULATORS = ("grad_sum", "grad_count")
+
 # Enough steps for an optimizer to have seen everything unchanged, and to trust what it knows.
 SETTLED = 5
 
 # Where models are, "cpu" or another device; see conftest.py.
 DEVICE = torch.get_default_device()
 
+
+def not_on_fake(lack: str) -> pytest.MarkDecorator:
+    """Skip on the emulated GPU, for what it lacks."""
+    return pytest.mark.skipif(DEVICE.type == "fake", reason=f"the emulated GPU has {lack}")
+
+
+needs_host_memory = pytest.mark.skipif(DEVICE.type != "cpu", reason="of memory that is the host's")
+needs_sparse = not_on_fake("no sparse tensors")
+needs_zero_tensors = not_on_fake("no tensors without memory")  # torch's stand-ins for zeros
+
 SHAPES = [(4, 3), (17,), (), (2, 3, 2, 2)]
 
 
 def table(name: str, rows: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrize by a dict of named rows."""
+    """Parametrize by a dict of named rows, each a value or a pytest.param with marks."""
     return pytest.mark.parametrize(name, rows.values(), ids=rows.keys())
 
 
@@ -57,6 +70,10 @@ def make_params(
     shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
 ) -> list[Parameter]:
     return [Parameter(random_tensor(shape, dtype, seed)) for seed, shape in enumerate(shapes)]
+
+
+def on_cpu(params: Sequence[Tensor]) -> list[Parameter]:
+    return [Parameter(p.detach().cpu()) for p in params]
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -81,14 +98,35 @@ def contents_of(optimizer: Optimizer) -> list[tuple[Tensor, Any]]:
     Goes past the attribute ``state``: who asks for that makes our next step look at all of it.
     """
     state = vars(optimizer)["state"]
-    return [(p.detach(), state.get(p, {})) for p in params_of(optimizer)]
+    contents = [(p.detach(), state.get(p, {})) for p in params_of(optimizer)]
+    if type(optimizer) is torch.optim.SGD:  # keeps a counter that it has loaded, and never counts
+        contents = [(p, {k: v for k, v in s.items() if k != "step"}) for p, s in contents]
+    return contents
 
 
-def assert_same(ours: Optimizer, stock: Optimizer, **tolerance: Any) -> None:
-    """All parameters, their state and step counters agree, by default to torch's tolerances."""
+def without_window(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What a window may not write: contents_of, less the window's own.
+
+    State of no steps is none: a rule's state comes with the accumulators, so that checkpoints of a
+    first window are what stock expects.
+    """
+    contents = [
+        (p, {k: v for k, v in state.items() if k not in ACCUMULATORS and v is not None})
+        for p, state in contents_of(optimizer)
+    ]
+    return [(p, state if written(state) else {}) for p, state in contents]
+
+
+def assert_same(
+    ours: Optimizer, stock: Optimizer, without: Sequence[str] = (), **tolerance: Any
+) -> None:
+    """All parameters, their state and step counters agree, by default to torch's tolerances.
+
+    But for the state of some names.
+    """
     for (p, mine), (q, theirs) in zip(contents_of(ours), contents_of(stock), strict=True):
         mine, theirs = (
-            {name: value for name, value in state.items() if value is not None}
+            {n: value for n, value in state.items() if n not in without and value is not None}
             for state in (mine, theirs)
         )
         if not mine and theirs.get("step", 1) == 0:  # stock Adagrad creates its state early
@@ -138,9 +176,12 @@ def nothing_written(optimizer: Optimizer) -> Iterator[None]:
     if DEVICE.type == "cpu":
         assert set(vars(optimizer)["state"]) == keys
     else:
-        known = [state.keys() for _, state in before]
+        known = [set(state) for _, state in before]
         assert not any(written(s) for (_, s), k in zip(after, known, strict=True) if not k)
-        after = [(p, {n: s[n] for n in k}) for (p, s), k in zip(after, known, strict=True)]
+        after = [
+            (p, {n: s[n] for n in k} if isinstance(s, dict) else s)
+            for (p, s), k in zip(after, known, strict=True)
+        ]
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True, check_stride=True)
 
 

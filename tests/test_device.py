@@ -28,6 +28,7 @@ from helpers import (
     every_class,
     make_params,
     nothing_written,
+    on_cpu,
     params_of,
     set_grads,
     table,
@@ -107,10 +108,6 @@ def mixed_params() -> list[Parameter]:
 
 def number(value: float) -> Tensor:
     return torch.tensor(value, device=DEVICE)
-
-
-def on_cpu(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().cpu()) for p in params]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

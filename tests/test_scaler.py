@@ -11,19 +11,19 @@ import pytest
 import torch
 from cases import Case
 from helpers import (
+    ACCUMULATORS,
     DEVICE,
     SETTLED,
-    as_stock_counts,
     assert_same,
     classes,
     complete_state,
-    contents_of,
     every_class,
     make_params,
     nothing_written,
     params_of,
     random_tensor,
     table,
+    without_window,
     written,
 )
 from torch import Tensor, nn
@@ -69,17 +69,8 @@ def step(optimizer: Optimizer, scaler: GradScaler | None) -> None:
     optimizer.zero_grad()
 
 
-def model_of(optimizer: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Parameters and state, without the accumulators of a window. State of no steps is none."""
-    own = ("grad_sum", "grad_count")
-    return [
-        (p, {k: v for k, v in state.items() if k not in own} if written(state) else {})
-        for p, state in contents_of(optimizer)
-    ]
-
-
 def assert_same_bits(*optimizers: Optimizer) -> None:
-    models = [model_of(optimizer) for optimizer in optimizers]
+    models = [without_window(optimizer) for optimizer in optimizers]
     for model in models[1:]:
         torch.testing.assert_close(model, models[0], rtol=0, atol=0)
 
@@ -121,11 +112,7 @@ class Scaled:
 
     def compare(self) -> None:
         assert_same_bits(self.ours, self.plain)
-        mine, theirs = model_of(self.ours), model_of(self.stock)
-        for (p, state), (q, other) in zip(mine, theirs, strict=True):
-            other = {k: v for k, v in other.items() if v is not None}
-            state = as_stock_counts(state, other)
-            torch.testing.assert_close((p, state), (q, other))
+        assert_same(self.ours, self.stock, without=ACCUMULATORS)
 
 
 # --- Scaled steps ------------------------------------------------------------------------------
@@ -479,7 +466,7 @@ def test_an_overflow_in_a_window(case: Case, steps: int, bad: int, value: float)
     runs = Scaled(case)
     for _ in range(steps):
         runs.window(2)
-    before = copy.deepcopy(model_of(runs.ours))
+    before = copy.deepcopy(without_window(runs.ours))
     for micro in range(3):
         backward(runs.ours, runs.scaler, runs.draw())
         if micro == bad:
@@ -487,7 +474,7 @@ def test_an_overflow_in_a_window(case: Case, steps: int, bad: int, value: float)
         if micro < 2:
             runs.ours.accumulate()
     step(runs.ours, runs.scaler)
-    torch.testing.assert_close(model_of(runs.ours), before, rtol=0, atol=0)
+    torch.testing.assert_close(without_window(runs.ours), before, rtol=0, atol=0)
     assert runs.ours.skipped_steps == 1
     # What the scaler has not seen does not change the scale.
     assert runs.scaler.get_scale() == (512.0 if bad == 2 else 1024.0)
@@ -641,7 +628,7 @@ def test_what_the_scaler_does_not_see(case: Case, nonfinite: str) -> None:
     runs = Scaled(case, nonfinite=nonfinite)
     runs.window()
     for unscales in (False, True):
-        before = copy.deepcopy(model_of(runs.ours))
+        before = copy.deepcopy(without_window(runs.ours))
         backward(runs.ours, runs.scaler, grads := runs.draw())
         if unscales:
             runs.scaler.unscale_(runs.ours)
@@ -657,7 +644,7 @@ def test_what_the_scaler_does_not_see(case: Case, nonfinite: str) -> None:
                 runs.scaler.step(runs.ours)
             runs.scaler.update()
             runs.ours.zero_grad()
-        torch.testing.assert_close(model_of(runs.ours), before, rtol=0, atol=0)
+        torch.testing.assert_close(without_window(runs.ours), before, rtol=0, atol=0)
         assert runs.ours.skipped_steps == 1 + unscales
         assert runs.scaler.get_scale() == 1024.0
         for name in ("grad_scale", "found_inf"):  # left there by the scaler: see the next test
@@ -753,7 +740,7 @@ def test_found_inf_set_by_hand(
     """Skips the step, and drops the window, whatever the gradients are."""
     runs = Scaled(case)
     runs.window(2)
-    before = copy.deepcopy(model_of(runs.ours))
+    before = copy.deepcopy(without_window(runs.ours))
     for _ in range(accumulated):
         backward(runs.ours, runs.scaler, runs.draw())
         runs.ours.accumulate()
@@ -767,7 +754,7 @@ def test_found_inf_set_by_hand(
             runs.ours.step()
         return
     runs.ours.step()
-    torch.testing.assert_close(model_of(runs.ours), before, rtol=0, atol=0)
+    torch.testing.assert_close(without_window(runs.ours), before, rtol=0, atol=0)
     assert runs.ours.skipped_steps == 1
     vars(runs.ours).pop("grad_scale", None)
     del runs.ours.found_inf
