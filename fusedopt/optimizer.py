@@ -634,11 +634,14 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         attributes: dict[str, Any] = self.__dict__
         names = ("param_groups", "grad_scale", "found_inf")
         saved = {name: attributes.pop(name) for name in names if name in attributes}
+        # Neither torch's fused nor its foreach step takes all that this one has to, such as
+        # parameters that share memory.
+        others = {"fused", "foreach"}
         self.param_groups = [
             {
                 **group,
                 "params": chosen.get(i, []),
-                **({"fused": None} if group.get("fused") else {}),
+                **dict.fromkeys(others & group.keys(), False),
             }
             for i, group in enumerate(saved["param_groups"])
         ]

@@ -1460,10 +1460,24 @@ def test_two_optimizers_of_the_same_parameters(case: Case) -> None:
         assert_same(*twins)
 
 
+def twice() -> list[Parameter]:
+    return [p for p in make_params() for _ in range(2)]
+
+
 @every_class
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters", "ignore:.*to torch's own")
 def test_a_parameter_twice_in_a_group(case: Case) -> None:
-    Twins(case, lambda: [p for p in make_params() for _ in range(2)]).step(SETTLED)
+    Twins(case, twice).step(SETTLED)
+
+
+@classes("Adam", "AdamW", "SGD", "RMSprop", "Adagrad")
+@pytest.mark.parametrize("foreach", [None, True], ids=str)
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters", "ignore:.*to torch's own")
+def test_torch_takes_over_by_its_for_loop(case: Case, foreach: bool | None) -> None:
+    """Foreach would give other numbers for a parameter that is there twice."""
+    twins = Twins(case, twice)
+    twins.ours = case.ours(twice(), foreach=foreach)
+    twins.step(SETTLED)
 
 
 @every_class
