@@ -634,17 +634,14 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         attributes: dict[str, Any] = self.__dict__
         names = ("param_groups", "grad_scale", "found_inf")
         saved = {name: attributes.pop(name) for name in names if name in attributes}
-        # Neither torch's fused nor its foreach step takes all that this one has to, such as
-        # parameters that share memory.
-        others = {"fused", "foreach"}
-        self.param_groups = [
-            {
-                **group,
-                "params": chosen.get(i, []),
-                **dict.fromkeys(others & group.keys(), False),
-            }
-            for i, group in enumerate(saved["param_groups"])
-        ]
+        self.param_groups = []
+        for i, group in enumerate(saved["param_groups"]):
+            params = chosen.get(i, [])
+            # Neither torch's fused nor its foreach step takes all that is odd where there are
+            # kernels, such as parameters that share memory. Elsewhere it is what was asked for.
+            odd = any(device.has_kernels(p) for p in params)
+            slow = dict.fromkeys({"fused", "foreach"} & group.keys(), False) if odd else {}
+            self.param_groups.append({**group, "params": params, **slow})
         versions = {p: p._version for ps in chosen.values() for p in ps if p not in self.state}
         try:
             step(self)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,22 @@ def test_group_that_is_no_dict() -> None:
     optimizer.param_groups[0] = list(optimizer.param_groups[0].items())
     with pytest.raises(TypeError, match="param group 0 is not a dict"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_where_there_are_no_kernels_torch_does_as_it_would(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice among its own implementations is not changed."""
+    seen = []
+
+    def spy(optimizer: Any) -> None:
+        seen.extend({k: g[k] for k in ("foreach", "fused")} for g in optimizer.param_groups)
+
+    monkeypatch.setattr(fusedopt.AdamW, "_stock", type("Spy", (), {"step": spy}))
+    params = [torch.nn.Parameter(torch.ones(3, device="meta"))]
+    optimizer = fusedopt.AdamW(params, **how)
+    params[0].grad = torch.ones(3, device="meta")
+    with pytest.warns(UserWarning, match="leaves 1 parameter"):
+        optimizer.step()
+    assert seen == [{"foreach": how.get("foreach"), "fused": None}]
