@@ -7,6 +7,7 @@
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
 #   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA)
+#   make docs       the documentation's site, in build/site
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
 
@@ -22,7 +23,7 @@ ON_A_DEVICE := $(addprefix tests/test_,device.py average.py clip.py momentum.py 
 export FUSEDOPT_CUDA_ARCHS ?= 90
 wheel: export FUSEDOPT_CUDA_ARCHS :=
 
-.PHONY: demo test bench lint sanitize resources gpu-report wheel clean build
+.PHONY: demo test bench lint sanitize resources gpu-report docs wheel clean build
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
@@ -52,6 +53,14 @@ resources: build
 # On a machine with a GPU. Uses the Python that has torch for it, not .venv.
 gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py
+
+docs: build/docs/installed
+	build/docs/bin/mkdocs build
+
+build/docs/installed: requirements-docs.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/pip --disable-pip-version-check -q install -r requirements-docs.txt
+	touch $@
 
 wheel: build
 	$(PIP) build

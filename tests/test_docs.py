@@ -1,4 +1,4 @@
-"""The code in the documents runs, and the options' page names every option."""
+"""The code in the documents runs, links lead somewhere, and what has to be named is named."""
 
 from __future__ import annotations
 
@@ -11,26 +11,58 @@ import pytest
 from fusedopt.options import ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+# Documents without code that can run here (the path within the repository), and why.
+WITHOUT_CODE: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_code_runs(document: Path) -> None:
     """All blocks of a document, one after the other, as a reader would paste them."""
-    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert blocks or name_of(document) in WITHOUT_CODE
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(document), "exec"), names)
 
 
 def test_every_option_is_documented() -> None:
-    text = (ROOT / "docs" / "pipeline.md").read_text()
+    text = (DOCS / "pipeline.md").read_text(encoding="utf-8")
     for name in ARGUMENTS:
         assert f"| `{name}` |" in text
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), target
+
+
+def test_the_site_has_every_document() -> None:
+    """The other way round it is mkdocs that checks: `make docs` is strict."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = re.findall(r"^ +- .+: (\S+\.md)$", nav, re.MULTILINE)
+    assert len(pages) == len(set(pages))
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(pages)
+
+
+def test_messages_are_the_librarys_own() -> None:
+    """The page on troubles quotes them in headings and tables; "…" stands for what varies."""
+    sources = [*(ROOT / "fusedopt").glob("*.py"), *(ROOT / "csrc").glob("*.*")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\s*f?"', "", code.replace(r"\"", "\0"))  # literals in a row are one
+    code = code.replace("\0", '"')
+    page = (DOCS / "faq.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^(?:###|\|) `(.+?)`", page, re.MULTILINE)
+    assert messages
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in code, part
