@@ -622,6 +622,30 @@ def test_counters_may_come_from_the_cpu() -> None:
     )
 
 
+def test_momentum_in_8_bits_starts_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was in the memory that the host has set aside for it."""
+    like = fusedopt.optimizers.like
+    monkeypatch.setattr(fusedopt.optimizers, "like", lambda p, dtype: like(p, dtype).fill_(5))
+    (p,) = params = [Parameter(torch.zeros(300))]
+    optimizer = fusedopt.SGD(params, lr=1.0, momentum=0.9, state_dtype=torch.uint8)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p == -1).all()
+
+
+@pytest.mark.parametrize("steps", [None, 5.0], ids=["uncounted", "counted"])
+def test_a_buffer_that_is_none_starts_anew(steps: float | None) -> None:
+    """As in stock, whose fused step leaves None when it skips the first; ours may have counted."""
+    twins = Twins(CLASSES[-1])
+    for p in params_of(twins.stock):
+        twins.stock.state[p]["momentum_buffer"] = None
+    for p in params_of(twins.ours):
+        twins.ours.state[p]["momentum_buffer"] = None
+        if steps is not None:
+            twins.ours.state[p]["step"] = torch.tensor(steps)
+    twins.step(2)
+
+
 def test_gradient_scaler() -> None:
     """torch's own, over steps of which one overflows."""
     params = make_params()
