@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-ON_A_DEVICE := $(addprefix tests/test_,device.py average.py clip.py momentum.py precision.py profiling.py scaler.py)
+ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
+	options precision profiling robust scaler))
 
 # One architecture is enough to develop with; wheels get all (setup.py).
 export FUSEDOPT_CUDA_ARCHS ?= 90

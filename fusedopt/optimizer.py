@@ -529,7 +529,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             if isinstance(state.get(name), Tensor):  # on another device
                 return {name: state[name].to(param.device)}
             # A stock optimizer that does not count has left momentum: that was one step or more.
-            counted = not kernels.family_states(self._family).keys().isdisjoint(state)
+            names = kernels.family_states(self._family)
+            counted = any(state.get(name) is not None for name in names)
             dtype = self._step_dtype(group)
             return {name: torch.full((), float(counted), dtype=dtype, device=param.device)}
         if name == "seed":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import device
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.state import like
 
@@ -57,9 +58,23 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _stock = torch.optim.SGD
 
     def _new_state(self, param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        if param.device.type == "cpu":
-            return like(param, dtype)  # the first update writes the buffer without reading it
+        # The CPU's first update writes the buffer without reading it. (Codes of 8 bits are made
+        # from a value on the CPU, wherever they will be.)
+        if param.device.type == "cpu" and self.state_dtype != torch.uint8:
+            return like(param, dtype)
         return super()._new_state(param, name, dtype)
+
+    def _new_entries(
+        self, param: Tensor, group: dict[str, Any], state: dict[str, Any], name: str
+    ) -> dict[str, Tensor]:
+        entries = super()._new_entries(param, group, state, name)
+        # A device tells the first update, which is not dampened, by its counter. So a buffer that
+        # someone has dropped takes the counter with it.
+        starts = state.get("momentum_buffer") is None and group["momentum"] and group["dampening"]
+        if "step" in {name, *state} and starts and device.on_device(param):
+            zero = torch.zeros((), dtype=self._step_dtype(group), device=param.device)
+            entries["step"] = zero
+        return entries
 
 
 class Momentum(SGD):
