@@ -3,6 +3,7 @@
 #   make demo       train a network with stock AdamW and with ours, and compare (writes demo.png)
 #   make test       all tests
 #   make bench      measure against torch and DeepSpeed (writes build/*.json and tables)
+#   make plots      draw benchmarks/results/*.json anew
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
@@ -17,6 +18,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
+# Those of `fusedopt bench`.
+RESULTS := $(filter-out %/pipeline-%,$(wildcard benchmarks/results/*.json))
+
 ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
 	options precision profiling robust scaler))
 
@@ -24,7 +28,7 @@ ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip d
 export FUSEDOPT_CUDA_ARCHS ?= 90
 wheel: export FUSEDOPT_CUDA_ARCHS :=
 
-.PHONY: demo test bench lint sanitize resources gpu-report docs wheel clean build
+.PHONY: demo test bench plots lint sanitize resources gpu-report docs wheel clean build
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
@@ -36,8 +40,13 @@ test: build
 
 bench: build
 	mkdir -p build
-	$(BIN)/python benchmarks/bench.py --json build/bench.json
+	$(BIN)/python -m fusedopt bench --json build/bench.json
 	$(BIN)/python benchmarks/pipeline.py --json build/pipeline.json
+
+plots: build
+	for json in $(RESULTS); do \
+	  $(BIN)/python -m fusedopt bench --from $$json --plot $${json%.json}.png > /dev/null || exit; \
+	done
 
 lint: build
 	$(BIN)/ruff check .

@@ -10,58 +10,53 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import environment
-from cases import CASES, OPTIMIZERS, Case, gradients
-from measure import ratio, rounds
 
 import fusedopt
+from fusedopt.bench.contenders import CPU, OPTIMIZERS, Case, Gradients
+from fusedopt.bench.machine import describe, environment
+from fusedopt.bench.measure import ratio, rounds
+from fusedopt.models import MODELS, Model
 
 Step = Callable[[], None]
-OPTIONS = OPTIMIZERS["adamw"].options
+ADAMW = OPTIMIZERS["adamw"]
 MICRO_BATCHES = 4
 
 
-class Model:
-    """A case's parameters, with gradients, in one dtype."""
+class Training:
+    """A model's parameters, in one group and one dtype, and their gradients."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
-        self.grads = [grad.to(dtype) for grad in gradients(case)]
-        self.params = [torch.nn.Parameter(grad.clone()) for grad in self.grads]
-        self.set_grads()
-
-    def set_grads(self) -> None:
-        """Give each parameter its gradient again."""
-        for param, grad in zip(self.params, self.grads, strict=True):
-            param.grad = grad
+    def __init__(self, model: Model, dtype: torch.dtype = torch.float32) -> None:
+        self.gradients = Gradients(Case(replace(model, group_each=False), ADAMW, dtype=dtype))
+        self.params = self.gradients.parameters()
 
     def ours(self, **options: Any) -> fusedopt.AdamW:
         """Our optimizer of these parameters."""
-        return fusedopt.AdamW(self.params, **OPTIONS, **options)
+        return fusedopt.AdamW(self.params, **ADAMW.options, **options)
 
     def fused(self) -> torch.optim.AdamW:
         """Torch's fused optimizer of these parameters."""
-        return torch.optim.AdamW(self.params, **OPTIONS, fused=True)
+        return torch.optim.AdamW(self.params, **ADAMW.options, fused=True)
 
 
-def torch_fused(case: Case, dtype: torch.dtype = torch.float32) -> Step:
-    return Model(case, dtype).fused().step
+def torch_fused(model: Model, dtype: torch.dtype = torch.float32) -> Step:
+    return Training(model, dtype).fused().step
 
 
-def ours(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Step:
-    return Model(case, dtype).ours(**options).step
+def ours(model: Model, dtype: torch.dtype = torch.float32, **options: Any) -> Step:
+    return Training(model, dtype).ours(**options).step
 
 
-def torch_clipped(case: Case) -> Step:
-    model = Model(case)
-    optimizer = model.fused()
+def torch_clipped(model: Model) -> Step:
+    training = Training(model)
+    optimizer = training.fused()
 
     def step() -> None:
-        torch.nn.utils.clip_grad_norm_(model.params, 1e-3, foreach=True)
+        torch.nn.utils.clip_grad_norm_(training.params, 1e-3, foreach=True)
         optimizer.step()
 
     return step
@@ -80,39 +75,39 @@ def averaged_apart(optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def torch_accumulated(case: Case, accumulators: torch.dtype) -> Step:
+def torch_accumulated(model: Model, accumulators: torch.dtype) -> Step:
     """Micro-batches added up by torch, averaged, and a step.
 
     As autograd does in the gradients' own dtype, or as training loops do by hand in float32, with
     the sums cast to the parameters' dtype in the end.
     """
-    model = Model(case, torch.bfloat16)
-    optimizer = model.fused()
+    training = Training(model, torch.bfloat16)
+    optimizer = training.fused()
     by_hand = accumulators != torch.bfloat16
-    sums = [torch.empty_like(grad, dtype=accumulators) for grad in model.grads]
+    sums = [torch.empty_like(grad, dtype=accumulators) for grad in training.gradients.tensors]
 
     def step() -> None:
         with torch.no_grad():
-            torch._foreach_copy_(sums, model.grads)
+            torch._foreach_copy_(sums, training.gradients.tensors)
             for _ in range(MICRO_BATCHES - 1):
-                torch._foreach_add_(sums, model.grads)
+                torch._foreach_add_(sums, training.gradients.tensors)
             torch._foreach_div_(sums, MICRO_BATCHES)
-            for param, total in zip(model.params, sums, strict=True):
+            for param, total in zip(training.params, sums, strict=True):
                 param.grad = total.to(torch.bfloat16) if by_hand else total
         optimizer.step()
 
     return step
 
 
-def ours_accumulated(case: Case, **options: Any) -> Step:
-    model = Model(case, torch.bfloat16)
-    optimizer = model.ours(**options)
+def ours_accumulated(model: Model, **options: Any) -> Step:
+    training = Training(model, torch.bfloat16)
+    optimizer = training.ours(**options)
 
     def step() -> None:
         for _ in range(MICRO_BATCHES - 1):
-            model.set_grads()
+            training.gradients.give()
             optimizer.accumulate()
-        model.set_grads()
+        training.gradients.give()
         optimizer.step()
 
     return step
@@ -120,14 +115,14 @@ def ours_accumulated(case: Case, **options: Any) -> Step:
 
 BF16 = torch.bfloat16
 
-# By title: the cases, the contenders (the first is what the others are compared with), and what
+# By title: the models, the contenders (the first is what the others are compared with), and what
 # each moves, in bytes per parameter.
-Contenders = dict[str, tuple[Callable[[Case], Step], int]]
+Contenders = dict[str, tuple[Callable[[Model], Step], int]]
 SUITES: dict[str, tuple[Sequence[str], Contenders]] = {
     "clip": (
         ("1x50M", "gpt2-124m", "1000x4096", "1000x64"),
         {
-            "max_grad_norm": (lambda case: ours(case, max_grad_norm=1e-3), 32),
+            "max_grad_norm": (lambda model: ours(model, max_grad_norm=1e-3), 32),
             "clip_grad_norm_ + fused": (torch_clipped, 40),
             "no clipping": (ours, 28),
         },
@@ -135,19 +130,19 @@ SUITES: dict[str, tuple[Sequence[str], Contenders]] = {
     "ema": (
         ("1x50M", "gpt2-124m", "1000x4096"),
         {
-            "ema_decay": (lambda case: ours(case, ema_decay=0.999), 36),
+            "ema_decay": (lambda model: ours(model, ema_decay=0.999), 36),
             "no average": (ours, 28),
-            "ours + a pass": (lambda case: averaged_apart(Model(case).ours()), 40),
-            "fused + a pass": (lambda case: averaged_apart(Model(case).fused()), 40),
+            "ours + a pass": (lambda model: averaged_apart(Training(model).ours()), 40),
+            "fused + a pass": (lambda model: averaged_apart(Training(model).fused()), 40),
         },
     ),
     "accumulate": (
         ("gpt2-124m",),
         {
             "accumulate()": (ours_accumulated, 6 + 2 * 10 + 18),
-            "bfloat16 += and fused": (lambda case: torch_accumulated(case, BF16), 4 + 3 * 6 + 18),
+            "bfloat16 += and fused": (lambda model: torch_accumulated(model, BF16), 4 + 3 * 6 + 18),
             "float32 += and fused": (
-                lambda case: torch_accumulated(case, torch.float32),
+                lambda model: torch_accumulated(model, torch.float32),
                 6 + 3 * 10 + 8 + 6 + 14,
             ),
         },
@@ -156,43 +151,43 @@ SUITES: dict[str, tuple[Sequence[str], Contenders]] = {
         ("1x50M", "gpt2-124m", "1000x4096"),
         {
             "float32": (ours, 28),
-            "bfloat16": (lambda case: ours(case, state_dtype=BF16), 20),
-            "8 bits": (lambda case: ours(case, state_dtype=torch.uint8), 16),
+            "bfloat16": (lambda model: ours(model, state_dtype=BF16), 20),
+            "8 bits": (lambda model: ours(model, state_dtype=torch.uint8), 16),
             "torch fused, float32": (torch_fused, 28),
         },
     ),
     "bfloat16 weights": (
         ("1x50M", "gpt2-124m"),
         {
-            "nearest": (lambda case: ours(case, BF16), 14),
-            "master": (lambda case: ours(case, BF16, weight_precision="master"), 30),
-            "remainder": (lambda case: ours(case, BF16, weight_precision="remainder"), 26),
-            "stochastic": (lambda case: ours(case, BF16, weight_precision="stochastic"), 22),
-            "kahan": (lambda case: ours(case, BF16, weight_precision="kahan"), 26),
+            "nearest": (lambda model: ours(model, BF16), 14),
+            "master": (lambda model: ours(model, BF16, weight_precision="master"), 30),
+            "remainder": (lambda model: ours(model, BF16, weight_precision="remainder"), 26),
+            "stochastic": (lambda model: ours(model, BF16, weight_precision="stochastic"), 22),
+            "kahan": (lambda model: ours(model, BF16, weight_precision="kahan"), 26),
             "remainder, 8 bits": (
-                lambda case: ours(
-                    case, BF16, weight_precision="remainder", state_dtype=torch.uint8
+                lambda model: ours(
+                    model, BF16, weight_precision="remainder", state_dtype=torch.uint8
                 ),
                 14,
             ),
-            "torch fused, bfloat16": (lambda case: torch_fused(case, BF16), 14),
+            "torch fused, bfloat16": (lambda model: torch_fused(model, BF16), 14),
             "torch fused, float32": (torch_fused, 28),
         },
     ),
 }
 
 
-def measure(title: str, case: Case, contenders: Contenders, count: int, budget: float) -> Any:
-    steps = {name: make(case) for name, (make, _) in contenders.items()}
+def measure(title: str, model: Model, contenders: Contenders, count: int, budget: float) -> Any:
+    steps = {name: make(model) for name, (make, _) in contenders.items()}
     timings = rounds(steps, count=count, budget=budget)
     steps.clear()
     gc.collect()
     first = next(iter(contenders))
-    print(f"\n{title}, {case.name}")
+    print(f"\n{title}, {model.name}")
     rows = {}
     for name, (_, moved) in contenders.items():
         spread, relative = timings[name].spread, ratio(timings[name], timings[first])
-        rate = moved * case.elements / spread.median / 1e9
+        rate = moved * model.elements / spread.median / 1e9
         print(
             f"  {name:<26}{1e3 * spread.median:>9.3f} ms{moved:>5} B/param{rate:>8.1f} GB/s"
             f"{relative.median:>8.2f} x [{relative.low:.2f}-{relative.high:.2f}]",
@@ -204,24 +199,23 @@ def measure(title: str, case: Case, contenders: Contenders, count: int, budget: 
             "gb_per_s": rate,
             "time_relative_to_first": asdict(relative),
         }
-    return {"suite": title, "case": case.name, "contenders": rows}
+    return {"suite": title, "case": model.name, "contenders": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--case", nargs="+", choices=CASES, help="instead of each suite's own")
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="instead of each suite's own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     parser.add_argument("--quick", action="store_true", help="few rounds")
     options = parser.parse_args(arguments)
     count, budget = (3, 1.0) if options.quick else (15, 12.0)
-    report = {**environment(), "results": []}
-    print(f"torch {torch.__version__}, {report['cpu']}, {report['isa']}, ", end="")
-    print(f"{report['threads']} threads, load average {report['load_average']:.2f}")
+    report: dict[str, Any] = {**environment(CPU), "results": []}
+    print(describe(report))
     for title in options.suite:
-        cases, contenders = SUITES[title]
-        for name in options.case or cases:
-            report["results"].append(measure(title, CASES[name], contenders, count, budget))
+        names, contenders = SUITES[title]
+        for name in options.model or names:
+            report["results"].append(measure(title, MODELS[name], contenders, count, budget))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

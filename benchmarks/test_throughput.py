@@ -1,7 +1,7 @@
 """The same cases and contenders under pytest-benchmark, for its histograms and comparisons.
 
 Run by ``pytest benchmarks --benchmark-enable --benchmark-only``; asserts nothing about times. Its
-contenders run one after the other, so its ratios drift with the machine: quote bench.py's.
+contenders run one after the other, so its ratios drift with the machine: quote ``fusedopt bench``.
 """
 
 from __future__ import annotations
@@ -11,31 +11,45 @@ from collections.abc import Iterator
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
-from benchmarks.cases import CASES, CONTENDERS, DEFAULT_GRID, OPTIMIZERS, AbsentError, gradients
+from fusedopt.bench.command import DEFAULT_OPTIMIZERS, default_models
+from fusedopt.bench.contenders import (
+    CONTENDERS,
+    CPU,
+    DEFAULT_CONTENDERS,
+    OPTIMIZERS,
+    AbsentError,
+    Case,
+    Gradients,
+)
+
+CASES = {
+    f"{optimizer} {model.name}": Case(model, OPTIMIZERS[optimizer])
+    for optimizer in DEFAULT_OPTIMIZERS
+    for model in default_models(optimizer, CPU)
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def grads(case: str) -> Iterator[list[Tensor]]:
-    """The gradients of one case, which all its contenders share."""
-    yield gradients(CASES[case])
+def gradients(case: Case) -> Iterator[Gradients]:
+    """The gradients of a case."""
+    yield Gradients(case)
     gc.collect()  # optimizers are in reference cycles, and hold gigabytes
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize(
-    ("optimizer", "case"),
-    [(optimizer, case) for optimizer, cases in DEFAULT_GRID.items() for case in cases],
-    scope="module",
-)
+@pytest.mark.parametrize("contender", DEFAULT_CONTENDERS)
 def test_step(
-    benchmark: BenchmarkFixture, optimizer: str, case: str, contender: str, grads: list[Tensor]
+    benchmark: BenchmarkFixture, case: Case, contender: str, gradients: Gradients
 ) -> None:
     try:
-        step = CONTENDERS[contender](CASES[case], OPTIMIZERS[optimizer], grads)
+        step = CONTENDERS[contender](case, gradients)
     except AbsentError as error:
         pytest.skip(str(error))
-    benchmark.group = f"{optimizer} {case}"
-    benchmark.extra_info["bytes_per_step"] = OPTIMIZERS[optimizer].bytes_per_step(CASES[case])
+    benchmark.group = f"{case.optimizer.name} {case.model.name}"
+    benchmark.extra_info["bytes_per_step"] = case.bytes_per_step
     benchmark.pedantic(step, rounds=10, warmup_rounds=2)

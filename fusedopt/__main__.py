@@ -1,4 +1,4 @@
-"""``python -m fusedopt info``: what this installation is and can do."""
+"""The command line, ``python -m fusedopt``: what this installation is and can do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import torch
 
 import fusedopt
+from fusedopt.bench import command as bench
 from fusedopt.extension import build_info
 
 
@@ -28,9 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     commands.add_parser("info", help="versions, instruction set, threads, CUDA").set_defaults(
-        run=lambda: print(info())
+        run=lambda _: print(info())
     )
-    parser.parse_args().run()
+    bench.add_command(commands)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

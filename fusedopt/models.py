@@ -237,7 +237,7 @@ def _safetensors(path: Path) -> list[tuple[Shape, torch.dtype]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
+            if 8 + length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         return [

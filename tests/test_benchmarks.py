@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
+import csv
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedopt.bench import BenchError, command, contenders, machine, measure, plot, race, report
+from fusedopt.bench.contenders import CONTENDERS, OPTIMIZERS, Case, Gradients, Peer
+from fusedopt.models import MODELS, Model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load_measure() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_measure", BENCHMARKS / "measure.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-measure = load_measure()
+SMALL = Model("small", ((5, 3), (200,), ()))
+EFFORT = race.Effort(rounds=3, budget=0.01)
 
 
 class FakeMachine:
@@ -105,59 +104,477 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert measure.ratio(b, a) == measure.Spread(0.5, 0.5, 0.5)
 
 
-def run_bench(*arguments: str, script: str = "bench.py") -> subprocess.CompletedProcess[str]:
+# --- cases ---
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "clip", "per_element"),
+    [
+        ("adamw", None, False, 28),
+        ("adamw", None, True, 32),
+        ("adam", torch.bfloat16, False, 14),
+        ("sgd", None, False, 20),
+        ("rmsprop", torch.float64, True, 48),
+    ],
+)
+def test_bytes_that_a_step_must_move(
+    optimizer: str, dtype: torch.dtype | None, clip: bool, per_element: int
+) -> None:
+    case = Case(SMALL, OPTIMIZERS[optimizer], dtype=dtype, clip=clip)
+    assert case.bytes_per_step == per_element * 216
+
+
+def test_a_model_keeps_its_own_dtypes_unless_told_otherwise() -> None:
+    model = Model("mixed", ((2,), (3,)), (torch.bfloat16, torch.float32))
+    own = Case(model, OPTIMIZERS["sgd"])
+    assert [t.dtype for t in Gradients(own).tensors] == [torch.bfloat16, torch.float32]
+    assert own.bytes_of_parameters == 2 * 2 + 3 * 4
+    told = Case(model, OPTIMIZERS["sgd"], dtype=torch.float16)
+    assert [t.dtype for t in Gradients(told).tensors] == 2 * [torch.float16]
+
+
+def test_gradients_move_as_in_a_backward_pass() -> None:
+    gradients = Gradients(Case(Model("m", ((300,),), group_each=True), OPTIMIZERS["sgd"]))
+    (first,), (second,) = (group["params"] for _ in range(2) for group in gradients.parameters())
+    before = first.grad
+    assert second.grad is before
+    gradients.move()
+    assert first.grad is second.grad
+    assert first.grad.data_ptr() != before.data_ptr()
+    assert torch.equal(first.grad, before)
+
+
+def test_host_time_is_of_steps_whose_gradients_have_moved() -> None:
+    gradients = Gradients(Case(SMALL, OPTIMIZERS["sgd"]))
+    params = gradients.parameters()
+    seen = [params[1].grad.data_ptr()]
+    now = machine.clock(torch.device("cpu"))
+    machine.host_seconds(
+        lambda: seen.append(params[1].grad.data_ptr()), gradients.move, now, budget=0
+    )
+    assert len(seen) == 4  # three steps, and none had the gradients where the one before had them
+    assert all(a != b for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_contenders_do_the_same(optimizer: str, clip: bool) -> None:
+    case = Case(SMALL, OPTIMIZERS[optimizer], clip=clip)
+
+    def updated(name: str) -> torch.Tensor:
+        gradients = Gradients(case)
+        step = CONTENDERS[name](case, gradients)
+        for _ in range(3):
+            step()
+        (params,) = gradients._params
+        assert not any(torch.equal(p, g) for p, g in zip(params, gradients.tensors, strict=True))
+        return torch.cat([p.detach().flatten() for p in params])
+
+    expected = updated("for-loop")
+    for name in ("foreach", "fused", "ours"):
+        if (name, optimizer) == ("fused", "rmsprop"):
+            with pytest.raises(contenders.AbsentError):
+                updated(name)
+        else:
+            torch.testing.assert_close(updated(name), expected, msg=name)
+
+
+def test_the_copy_moves_as_many_bytes_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Copied(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.copy_.default:
+                self.count += args[0].nbytes
+            return func(*args, **(kwargs or {}))
+
+    case = Case(SMALL, OPTIMIZERS["adamw"])
+    for at_once in (500, 1 << 30):
+        monkeypatch.setattr(contenders, "COPIED_AT_ONCE", at_once)
+        with Copied() as copied:
+            contenders._copy(case)()
+        assert 2 * copied.count == case.bytes_per_step
+
+
+# --- peers ---
+
+TOY = """
+import torch
+from torch.optim import SGD as Right
+
+class Wrong(Right):
+    def step(self):
+        super().step()
+        super().step()
+
+class Failing(Right):
+    def step(self):
+        raise RuntimeError("cannot compile\\nbecause of\\nmany lines")
+
+class Writing(Right):
+    def step(self):
+        super().step()
+        self.param_groups[0]["params"][0].grad.zero_()
+
+class Loud(Right):
+    def __init__(self, *args, **options):
+        print("compiling ...")
+        super().__init__(*args, **options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("toy_peer:Right", ""),
+        ("toy_peer:Loud", ""),
+        ("toy_peer:Wrong", "its sgd is another one than torch's"),
+        ("toy_peer:Writing", "its sgd overwrites gradients; contenders share them"),
+        ("toy_peer:Failing", "RuntimeError: cannot compile"),
+        ("toy_peer:Nothing", "AttributeError: module 'toy_peer' has no attribute 'Nothing'"),
+        ("toy_broken:Right", "ModuleNotFoundError: No module named 'something_else'"),
+        ("toy_leaving:Right", "SystemExit: 3"),
+        ("toy_absent:Right", "not installed"),
+    ],
+)
+def test_peers_take_part_when_they_do_the_same(
+    path: str,
+    fault: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "toy_peer.py").write_text(TOY)
+    (tmp_path / "toy_broken.py").write_text("import something_else")
+    (tmp_path / "toy_leaving.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(contenders, "PEERS", (Peer("toy", path, {"sgd": {}}, ("cpu",)),))
+    monkeypatch.setitem(CONTENDERS, "toy", functools.partial(contenders._peer, "toy"))
+    contenders._fault.cache_clear()
+    row = race.measure(Case(SMALL, OPTIMIZERS["sgd"]), ["toy", "ours"], EFFORT, details=False)
+    assert ("toy" in row["contenders"]) == (not fault)
+    assert row["absent"] == ({"toy": fault} if fault else {})
+    other = race.measure(Case(SMALL, OPTIMIZERS["adam"]), ["toy", "ours"], EFFORT, details=False)
+    assert other["absent"] == {"toy": "has no adam for cpu"}
+    assert capfd.readouterr().out == ""
+
+
+def test_peers_are_optimizers_that_there_are() -> None:
+    for peer in PEERS_THERE_ARE:
+        assert peer.optimizers.keys() <= OPTIMIZERS.keys()
+        assert peer.name in CONTENDERS
+        assert set(peer.devices) <= {"cpu", "cuda"}
+    found = [(p.name, o, d) for p in PEERS_THERE_ARE for o in p.optimizers for d in p.devices]
+    assert len(found) == len(set(found))
+
+
+PEERS_THERE_ARE = contenders.PEERS
+
+
+def test_what_fails_at_its_first_step_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_nothing(step: Any) -> Any:
+        def fail() -> None:
+            raise RuntimeError("no compiler\nfound")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    case = Case(SMALL, OPTIMIZERS["sgd"])
+    row = race.measure(case, ["fused", "compiled", "ours"], EFFORT)
+    assert row["absent"] == {"compiled": "RuntimeError: no compiler"}
+    assert row["contenders"].keys() == {"fused", "ours"}
+    assert row["contenders"]["ours"]["host_ms"] > 0
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def one_thread():
+    """One thread has no barriers to wait at, however busy the machine is with other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(one_thread: None, capsys: pytest.CaptureFixture[str]):
+    """Runs the command; returns what it prints."""
+
+    def run(*arguments: str) -> str:
+        command.main(arguments)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Runs the command, which has to give up with a sentence; returns that."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            command.main(arguments)
+        assert error.value.code == 2
+        *usage, sentence = capsys.readouterr().err.splitlines()
+        assert usage in ([], ["usage: fusedopt bench [options]"])
+        return sentence.partition("error: ")[2] or sentence.removeprefix("fusedopt bench: ")
+
+    return run
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         check=False,
-        # One thread has no barriers to wait at, however busy the machine is with other tests.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
-def test_bench_prints_a_table_and_writes_json(tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    done = run_bench(
-        "--quick", "--case", "1000x64", "--optimizer", "rmsprop", "sgd", "--json", str(out)
+def test_bench_tells_in_a_table_json_csv_and_a_plot(bench, tmp_path: Path) -> None:
+    files = {kind: str(tmp_path / f"out.{kind}") for kind in ("json", "csv", "png")}
+    printed = bench(
+        *("--quick", "--model", "1000x64", "--optimizer", "rmsprop", "sgd", "--clip"),
+        *("--json", files["json"], "--csv", files["csv"], "--plot", files["png"]),
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n1000x64 ") == 2
-    assert "fused is absent: torch.optim.RMSprop has no fused=True" in done.stdout
+    assert printed.count("\n1000x64 (") == 2
+    assert printed.count("\n1000x64, clipped (") == 2
+    assert "absent: fused (torch's rmsprop has no fused=True)" in printed
 
-    report = json.loads(out.read_text())
-    assert {"date", "commit", "cpu", "isa", "load_average"} <= report.keys()
-    assert report["threads"] == 1
-    assert {"fusedopt", "torch", "python"} <= report["versions"].keys()
-    rmsprop, sgd = report["results"]
+    found = json.loads(Path(files["json"]).read_text())
+    assert {"date", "commit", "cpu", "isa", "load_average", "device"} <= found.keys()
+    assert found["threads"] == 1
+    assert {"fusedopt", "torch", "python"} <= found["versions"].keys()
+    rmsprop, _, sgd, clipped = found["results"]
     assert (rmsprop["optimizer"], sgd["optimizer"]) == ("rmsprop", "sgd")
+    assert (sgd["clip"], clipped["clip"]) == (False, True)
     assert sgd["bytes_per_step"] == 20 * 64_000
-    assert sgd["contenders"].keys() == {"for-loop", "foreach", "fused", "ours", "limit"}
-    assert sgd["absent"].keys() == {"DeepSpeed"}
-    assert rmsprop["absent"].keys() == {"DeepSpeed", "fused"}
+    assert sgd["dtype"] == "float32"
+    assert {"for-loop", "foreach", "fused", "ours", "limit"} <= sgd["contenders"].keys()
+    assert {"DeepSpeed", "fused"} <= rmsprop["absent"].keys()
     for contender in sgd["contenders"].values():
         assert contender["rounds"] >= measure.MIN_ROUNDS
         assert contender["gb_per_s"] > 0
+        assert contender["host_ms"] > 0
         assert contender["ms"].keys() == {"median", "low", "high"}
-    assert sgd["time_relative_to_ours"].keys() == {
-        "torch's best", "for-loop", "foreach", "fused", "limit"
-    }  # fmt: skip
+    assert {"torch's best", "for-loop", "foreach", "fused", "limit"} <= sgd[
+        "time_relative_to_ours"
+    ].keys()
+
+    with open(files["csv"], newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(row["contenders"]) for row in found["results"])
+    assert float(lines[0]["ms_median"]) == rmsprop["contenders"]["for-loop"]["ms"]["median"]
+    assert Path(files["png"]).read_bytes().startswith(b"\x89PNG")
+
+    again = str(tmp_path / "again")
+    assert bench("--from", files["json"], "--csv", f"{again}.csv", "--plot", f"{again}.png") == (
+        printed
+    )
+    assert Path(f"{again}.csv").read_text() == Path(files["csv"]).read_text()
+    assert Path(f"{again}.png").read_bytes() == Path(files["png"]).read_bytes()
+
+
+def test_the_largest_case_is_also_measured_for_memory(bench, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch.nn import Linear\ndef net(): return Linear(99, 9)"
+    )
+    out = tmp_path / "out.json"
+    arguments = ["--model", "mine:net", "--optimizer", "sgd", "--contender", "foreach"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedopt", "bench", *arguments, "--rounds", "3", "--json", out],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["results"]
+    assert (row["case"], row["elements"]) == ("mine:net", 900)
+    assert row["contenders"].keys() == {"foreach", "ours"}  # without which there are no ratios
+    assert all(found["extra_bytes"] >= 0 for found in row["contenders"].values())
+
+
+def test_dtype_and_rounds(bench, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    bench(
+        *("--model", "1000x64", "--optimizer", "adamw", "--contender", "foreach", "limit"),
+        *("--quick", "--dtype", "bfloat16", "--rounds", "4", "--budget", "9", "--json", str(out)),
+    )
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["dtype"] == "bfloat16"
+    assert row["bytes_per_step"] == 14 * 64_000
+    assert {found["rounds"] for found in row["contenders"].values()} == {4}
+
+
+def test_curves(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = {name: models[:2] for name, models in race.curves().items()}
+    monkeypatch.setattr(race, "curves", lambda: curves)
+    out, image = tmp_path / "out.json", tmp_path / "out.png"
+    few = ("--model", "1000x64", "--optimizer", "sgd", "--contender", "foreach", "fused", "--quick")
+    printed = bench(*few, "--scaling", "--json", str(out), "--plot", str(image))
+    assert "against the number of groups" in printed
+    points = json.loads(out.read_text())["scaling"]
+    assert [(p["against"], p["at"]) for p in points] == [
+        *[("elements", 1000), ("elements", 3000), ("tensors", 1), ("tensors", 3)],
+        *[("groups", 1), ("groups", 3)],
+    ]
+    assert all(p["contenders"].keys() == {"foreach", "fused", "ours"} for p in points)
+    assert bench("--from", str(out)) == printed
+    assert image.exists()
+
+    monkeypatch.setattr(command, "CURVE", -1)
+    assert "stops here: no time for more" in bench(*few, "--scaling")
+
+
+def test_curves_are_as_long_as_they_should_be() -> None:
+    ends = {
+        name: (models[0].elements, models[-1].elements) for name, models in race.curves().items()
+    }
+    assert ends["elements"] == (10**3, 10**8)
+    assert ends["tensors"] == (64, 64 * 10**4)
+    assert ends["groups"] == (64, 64 * 10**3)
+    assert all(model.group_each for model in race.curves()["groups"])
+
+
+def test_results_are_written_after_each_case(
+    bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure_once(case: Case, *args: Any, **options: Any) -> Any:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return real(case, *args, **options)
+
+    real = race.measure
+    monkeypatch.setattr(race, "measure", measure_once)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench("--quick", "--contender", "ours", "--optimizer", "sgd", "--json", str(out))
+    (row,) = json.loads(out.read_text())["results"]
+    assert row["case"] == measured[0].model.name
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("--case", "resnet50-like"), ("--optimizer", "rmsprop")]
+    ("arguments", "sentence"),
+    [
+        ("--model nonsense", "no model 'nonsense'"),
+        ("--model gone.safetensors", "gone.safetensors: no such file"),
+        ("--model os:nothing", "os:nothing: AttributeError"),
+        ("--optimizer nonsense", "'adagrad'"),
+        ("--contender nonsense", "'DeepSpeed'"),
+        ("--dtype int8", "'bfloat16'"),
+        ("--device tpu", "--device tpu: it is cpu, cuda"),
+        ("--device cpu:1", "--device cpu:1: it is cpu, cuda"),
+        ("--device cuda:77", "--device cuda:77: torch finds"),
+        ("--rounds 2", "'2' is no number from 3 on"),
+        ("--rounds many", "'many' is no number from 3 on"),
+        ("--budget nan", "'nan' is no positive number of seconds"),
+        ("--budget -1", "'-1' is no positive number of seconds"),
+        ("--json gone/out.json", "gone/out.json: no such folder"),
+        ("--csv .", ".: a folder"),
+        ("--plot out.nonsense", "out.nonsense: plots are"),
+        ("--from gone.json", "gone.json: No such file"),
+        ("--from pyproject.toml", "pyproject.toml: not a JSON file of fusedopt bench"),
+    ],
 )
-def test_unknown_names_are_refused(option: str, known: str) -> None:
-    done = run_bench(option, "nonsense")
-    assert done.returncode == 2
-    assert "nonsense" in done.stderr
-    assert known in done.stderr.partition("choose from")[2]
+def test_mistakes_are_told_in_a_sentence(
+    arguments: str, sentence: str, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    assert sentence in refused(*arguments.split())
+
+
+def test_a_checkpoint_without_tensors_is_refused(refused, tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    assert "no tensors" in refused("--model", str(tmp_path / "empty.pt"))
+
+
+def test_models_that_do_not_fit_are_refused_or_left_out(
+    refused, bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "free_bytes", lambda device: 20_000_000)
+    sentence = refused("--model", "1x50M", "--optimizer", "sgd")
+    assert sentence.startswith("1x50M with sgd needs ")
+    assert "0.0 GB of memory are free" in sentence
+    printed = bench("--quick", "--optimizer", "sgd", "--contender", "limit")
+    assert "left out: resnet50 with sgd needs" in printed
+    assert "\n1000x64 (" in printed
+
+
+def test_memory_needed() -> None:
+    case = Case(MODELS["1x50M"], OPTIMIZERS["adamw"])
+    # Two contenders with parameters and two states; gradients and temporaries, twice each.
+    assert race.bytes_needed(case, ["foreach", "ours"]) == 200_000_000 * (2 * 3 + 4)
+    assert machine.free_bytes(torch.device("cpu")) > 0
+
+
+def test_plots_need_matplotlib(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert refused("--plot", "out.png") == "plots need matplotlib: pip install matplotlib"
+
+
+@pytest.mark.parametrize("high", [0.99, 1.01])
+def test_faster_peers_are_named(high: float) -> None:
+    row = {
+        "case": "large",
+        "clip": True,
+        "absent": {"a": "not installed", "b": "too old", "c": "not installed"},
+        "time_relative_to_ours": {
+            "limit": {"median": 0.5, "low": 0.4, "high": 0.6},
+            "fused": {"median": 0.9, "low": 0.8, "high": high},
+        },
+    }
+    faster = "fused is faster than ours on large, clipped: it takes 0.90 [0.80-0.99] of our time"
+    assert list(report.remarks([row])) == [
+        *([faster] if high < 1 else []),
+        *("absent: a, c (not installed)", "absent: b (too old)"),
+    ]
+
+
+def test_the_table_of_a_gpu_has_more_columns() -> None:
+    ms = {"median": 1.0, "low": 1.0, "high": 1.0}
+    found = {"ms": ms, "gb_per_s": 4000.0, "host_ms": 0.25, "device_ms": 0.75, "launches": 2}
+    row = {
+        **{"case": "m", "optimizer": "sgd", "device": "cuda:0", "dtype": "float32", "tensors": 1},
+        **{
+            "elements": 9,
+            "bytes_per_step": 180,
+            "contenders": {"ours": found | {"extra_bytes": 0}},
+        },
+        **{"absent": {}, "time_relative_to_ours": {}},
+    }
+    header = report.header("sgd", "cuda:0").splitlines()[-1]
+    line = report.block(row).splitlines()[1]
+    for title, cell in (("host, ms", "0.250"), ("device, ms", "0.750"), ("launches", "2")):
+        end = header.index(title) + len(title)
+        assert line[:end].endswith(f" {cell}")
+    assert "launches" not in report.header("sgd", "cpu")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((BENCHMARKS / "results").glob("[!p]*.json")), ids=lambda path: path.stem
+)
+def test_committed_results_can_be_told_and_drawn(path: Path, tmp_path: Path) -> None:
+    found = report.load(path)
+    text = "\n".join(report.tables(found))
+    for row in found["results"]:
+        assert f"\n{report.label(row)} (" in text
+    plot.draw(found, tmp_path / "out.png")
+    report.write_csv(found, tmp_path / "out.csv")
+    with pytest.raises(BenchError, match="no results to draw"):
+        plot.draw({**found, "results": []}, tmp_path / "out.png")
 
 
 def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
     output = tmp_path / "pipeline.json"
-    arguments = ("--quick", "--case", "1000x64", "--json", str(output))
-    done = run_bench(*arguments, script="pipeline.py")
+    script = str(BENCHMARKS / "pipeline.py")
+    done = run(script, "--quick", "--model", "1000x64", "--json", str(output))
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
     assert [r["suite"] for r in results] == [
@@ -172,15 +589,8 @@ def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
             assert row["bytes_per_parameter"] > 0
 
 
-def test_cases_are_the_models_they_are_named_after() -> None:
-    code = "\n".join(
-        [
-            "from cases import CASES",
-            "for name in 'gpt2-124m', 'resnet50-like', '1x50M':",
-            "    print(len(CASES[name].shapes), CASES[name].elements)",
-        ]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split("\n")[:3] == ["148 124439808", "161 25557032", "1 50000000"]
+def test_the_gpu_report_asks_for_what_there_is() -> None:
+    done = run(str(BENCHMARKS / "gpu.py"), "--quick")
+    if not torch.cuda.is_available():
+        assert done.returncode == 2
+        assert done.stderr == "fusedopt bench: --device cuda: torch finds no CUDA devices here\n"

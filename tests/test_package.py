@@ -37,7 +37,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_runs(unpacked: Path, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(unpacked)!r})\n"
-        "import torch, fusedopt\n"
+        "import torch, fusedopt, fusedopt.bench.command\n"
         f"assert fusedopt.__file__.startswith({str(unpacked)!r})\n"
         "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
         "fusedopt.SGD([p], lr=0.5).step()\n"

@@ -50,7 +50,7 @@ def ratio(a: Timing, b: Timing) -> Spread:
 
 
 def rounds(
-    contenders: Mapping[str, Callable[[], None]],
+    contenders: Mapping[str, Callable[[], object]],
     *,
     count: int = 15,
     budget: float = 10.0,
@@ -88,7 +88,7 @@ def rounds(
     return {name: Timing(tuple(means[name]), steps[name]) for name in names}
 
 
-def _mean(step: Callable[[], None], steps: int, clock: Callable[[], float]) -> float:
+def _mean(step: Callable[[], object], steps: int, clock: Callable[[], float]) -> float:
     start = clock()
     for _ in range(steps):
         step()

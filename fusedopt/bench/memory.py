@@ -1,0 +1,39 @@
+"""How much memory a step on the CPU takes for itself. Needs Linux."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from fusedopt.bench.contenders import CONTENDERS, Case, Gradients
+
+
+def step_bytes(case: Case, contender: str) -> int:
+    """Bytes by which the memory in use rises during a step, measured in a new process.
+
+    In a new one, because memory that an earlier contender gave back to the allocator, but the
+    allocator not to the system, would hide what this one takes.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure, case, contender).result()
+
+
+def _measure(case: Case, contender: str) -> int:
+    step = CONTENDERS[contender](case, Gradients(case))
+    step()  # creates the state
+    step()
+    # Unlike getrusage's maximum, which a new process takes over from its parent, the kernel's
+    # high-water mark is this program's own and can be set back to what is in use now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise RuntimeError(f"/proc/self/status has no {field}")
