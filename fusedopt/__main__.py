@@ -1,13 +1,15 @@
-"""The command line, ``python -m fusedopt``: what this installation is and can do."""
+"""The command line, ``fusedopt`` or ``python -m fusedopt``: what this installation is and does."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import sys
 
 import torch
 
 import fusedopt
+from fusedopt import parity_command
 from fusedopt.bench import command as bench
 from fusedopt.extension import build_info
 
@@ -26,14 +28,15 @@ def info() -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fusedopt", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fusedopt", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     commands.add_parser("info", help="versions, instruction set, threads, CUDA").set_defaults(
         run=lambda _: print(info())
     )
     bench.add_command(commands)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    parity_command.add_command(commands)
+    options = parser.parse_args()
+    sys.exit(options.run(options))
 
 
 if __name__ == "__main__":

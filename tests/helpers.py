@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from fusedopt.cases import Case
+from fusedopt.parity import as_stock_counts
 
 # One row for each class; what its options do to the numbers is tested over cases.CASES.
 CLASSES = [
@@ -148,19 +150,6 @@ def written(state: dict[str, Any]) -> bool:
     if DEVICE.type == "cpu" or "step" in state:
         return bool(state.get("step", 1) != 0)
     return "momentum_buffer" not in state or bool(state["momentum_buffer"].any())
-
-
-def as_stock_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our state with its counter where stock has it.
-
-    On a device ours are there, too, and SGD with dampening has one.
-    """
-    mine = dict(mine)
-    if DEVICE.type != "cpu" and "step" not in theirs:
-        mine.pop("step", None)
-    if isinstance(mine.get("step"), Tensor) and isinstance(theirs.get("step"), Tensor):
-        mine["step"] = mine["step"].to(theirs["step"].device)
-    return mine
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import Case
 from helpers import (
     ACCUMULATORS,
     CLASSES,
@@ -49,6 +48,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as optim_base
 
 import fusedopt
+from fusedopt.cases import Case
 
 HALF = (torch.bfloat16, torch.float16)
 # Scalar, empty, and more than a tile of the kernels.

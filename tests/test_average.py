@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import SETTLED, every_class, make_params, nothing_written, set_grads, table
-from recipe import Recipe, whole
 from torch import nn
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.cases import Case
+from fusedopt.recipe import Recipe, whole
 
 EMA = {"ema_decay": 0.9}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import (
     SETTLED,
     classes,
@@ -18,11 +17,12 @@ from helpers import (
     set_grads,
     table,
 )
-from recipe import Recipe
 from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.cases import Case
+from fusedopt.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "complex64": torch.complex64}
 CLIPS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
 from helpers import (
     CLASSES,
     DEVICE,
@@ -33,12 +32,13 @@ from helpers import (
     set_grads,
     table,
 )
-from recipe import Recipe
 from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import device
+from fusedopt.cases import CASES, Case
+from fusedopt.recipe import Recipe
 
 pytestmark = [
     pytest.mark.cuda,

@@ -19,7 +19,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import Case
 from helpers import (
     CLASSES,
     DEVICE,
@@ -53,6 +52,7 @@ from torch.optim import optimizer as optim_base
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedopt
+from fusedopt.cases import Case
 from fusedopt.options import ARGUMENTS
 
 STOCK = {case.name: getattr(torch.optim, case.name, torch.optim.SGD) for case in CLASSES}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import (
     DEVICE,
     SETTLED,
@@ -30,6 +29,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import fusedopt
+from fusedopt.cases import Case
 
 # 0-dim, empty, one element in several dimensions, convolutions (also 1x1), more than five
 # dimensions, and more elements than a tile of the kernels has.

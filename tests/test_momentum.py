@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import (
     SETTLED,
     Twins,
@@ -24,6 +23,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, Optimizer, lr_scheduler
 
 from fusedopt import Momentum
+from fusedopt.cases import Case
 
 
 def test_worked_numbers() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import (
     CLASSES,
     every_class,
@@ -24,11 +23,12 @@ from helpers import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from recipe import Recipe, whole
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.cases import Case
 from fusedopt.options import ARGUMENTS, OPTIONS
+from fusedopt.recipe import Recipe, whole
 
 WRONG: dict[str, dict[str, list[Any]]] = {
     "max_grad_norm": {"ValueError": [0, -1.0, math.nan], "TypeError": ["1", True, [1.0]]},

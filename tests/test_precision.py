@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import SETTLED, classes, contents_of, every_class, make_params, set_grads, table
-from recipe import Recipe, whole
 from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt.cases import Case
+from fusedopt.recipe import Recipe, whole
 
 BF16, F16 = torch.bfloat16, torch.float16
 PRECISIONS = ["master", "remainder", "stochastic", "kahan"]

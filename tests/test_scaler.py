@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
 from helpers import (
     ACCUMULATORS,
     DEVICE,
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from fusedopt.cases import Case
 
 Grads = list[Tensor]
 

@@ -1,4 +1,4 @@
-"""The usual recipe around a stock optimizer, against which the options of the step are tested.
+"""The usual recipe around a stock optimizer, against which the options of the step are measured.
 
 Everything is done by torch, one thing after the other, on copies of the parameters in a wider
 type; whatever our step does on the way has its own line here.
@@ -11,15 +11,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cases import Case
 from torch import Tensor
 from torch.nn import Parameter
+
+from fusedopt.cases import Case
+from fusedopt.extension import kernels
 
 Grads = Sequence[Tensor | None]
 
 
 class Recipe:
-    """Stock's step on copies of parameters, and what is done before and after it by hand."""
+    """Stock's step on copies of parameters, and what is done before and after it by hand.
+
+    Args:
+        case: The optimizer; of its options only those that stock has are looked at.
+        params: What to start from.
+        dtype: The copies' type, in which everything is computed; of complex parameters it is that
+            of the real parts.
+        max_grad_norm: As our optimizers' option of that name, and so are all that follow.
+        grad_norm_type: 2.0 or inf.
+        max_grad_value: None: don't.
+        nonfinite: ``"propagate"`` or ``"skip"``.
+        ema_decay: None: no average.
+        ema_warmup: Whether the decay grows from step to step.
+        l1: 0.0: none.
+
+    Attributes:
+        params: The copies.
+        optimizer: The stock optimizer.
+        ema: The averages, one per parameter.
+        norm: Of all gradients in the last step, before clipping; nan when it was not measured.
+        skipped: How many steps were skipped.
+    """
 
     def __init__(
         self,
@@ -53,22 +76,23 @@ class Recipe:
         self.skipped = 0
 
     def step(self, micro_batches: Sequence[Grads], divisor: float | None = None) -> None:
-        """One step on the mean of the micro-batches' gradients."""
+        """One step on the mean of the micro-batches' gradients, or their sum over a divisor."""
         for i, param in enumerate(self.params):
-            grads = [b[i].to(param.dtype) for b in micro_batches if b[i] is not None]
-            param.grad = sum(grads) / (divisor or len(micro_batches)) if grads else None
+            grads = [g.to(param.dtype) for b in micro_batches if (g := b[i]) is not None]
+            total: Any = sum(grads)
+            param.grad = total / (divisor or len(micro_batches)) if grads else None
         active = [i for i, p in enumerate(self.params) if p.grad is not None]
-        grads = [self.params[i].grad for i in active]
+        present = [p.grad for p in self.params if p.grad is not None]
         self.norm = math.nan
         if self.max_grad_norm is not None or self.nonfinite != "propagate":
-            some = [g for g in grads if g.numel()]  # torch has no inf-norm of nothing
+            some = [g for g in present if g.numel()]  # torch has no inf-norm of nothing
             self.norm = torch.nn.utils.get_total_norm(some, self.grad_norm_type).item()
-        if self.nonfinite == "skip" and not all(torch.isfinite(g).all() for g in grads):
+        if self.nonfinite == "skip" and not all(torch.isfinite(g).all() for g in present):
             self.skipped += 1
             return
         if self.max_grad_norm is not None and self.max_grad_norm != math.inf:
-            some = [p for p in self.params if p.numel()]
-            torch.nn.utils.clip_grad_norm_(some, self.max_grad_norm, self.grad_norm_type)
+            clipped = [p for p in self.params if p.numel()]
+            torch.nn.utils.clip_grad_norm_(clipped, self.max_grad_norm, self.grad_norm_type)
         if self.max_grad_value is not None:
             torch.nn.utils.clip_grad_value_(self.params, self.max_grad_value)
         self.optimizer.step()
@@ -85,10 +109,37 @@ class Recipe:
                         decay = min(decay, (1 + t) / (10 + t))
                     self.ema[i].mul_(decay).add_(param, alpha=1 - decay)
 
+    @torch.no_grad()
+    def resume(self, ours: Any) -> None:
+        """Go on from what one of our optimizers has: weights, state, counters and averages."""
+        saved = ours.state_dict()["state"]
+        known = set(kernels.family_states(ours._family))
+        if not isinstance(self.optimizer, torch.optim.SGD):  # it counts no steps, ours may
+            known.add("step")
+        copies = {
+            i: {
+                n: v.clone().cpu() if n == "step" else v.clone() for n, v in s.items() if n in known
+            }
+            for i, s in saved.items()
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        # Loading casts the state to the parameters' type.
+        self.optimizer.load_state_dict({"state": copies, "param_groups": groups})
+        params = [p for group in ours.param_groups for p in group["params"]]
+        for i, (mine, param) in enumerate(zip(self.params, params, strict=True)):
+            mine.copy_(whole(ours, param))
+            state = saved.get(i, {})
+            self.ema[i].copy_(state.get("ema", mine))
+            self.updates[i] = int(state.get("step", 0))
+
 
 def whole(optimizer: Any, param: Tensor) -> Tensor:
-    """A parameter's weight as precise as its optimizer has it."""
-    state = vars(optimizer)["state"].get(param, {})
+    """A parameter's weight as precise as its optimizer has it.
+
+    Returns:
+        float32 when there is a hidden part beside a parameter of 16 bits; else the parameter.
+    """
+    state: dict[str, Tensor] = vars(optimizer)["state"].get(param, {})
     value = param.detach()
     if "master" in state:
         return state["master"]
