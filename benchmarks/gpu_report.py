@@ -45,14 +45,16 @@ def sanitizer(tool: str) -> list[str]:
     return [command, *options, "--tool", tool, *tests("device"), "-k", SANITIZED]
 
 
-def parts(bench: Path) -> list[tuple[str, list[str], int]]:
+def parts(bench: Path, parity: Path) -> list[tuple[str, list[str], int]]:
     """(name, command, seconds that it may take), the most valuable first."""
+    fusedopt = [sys.executable, "-m", "fusedopt"]
     return [
         ("gpu", ["nvidia-smi"], 20),
         ("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 180),
-        ("info", [sys.executable, "-m", "fusedopt", "info"], 60),
+        ("info", [*fusedopt, "info"], 60),
         ("tests", tests("device", "parity"), 150),
         ("bench", [sys.executable, "benchmarks/gpu.py", "--json", str(bench)], 120),
+        ("parity", [*fusedopt, "parity", "--device", "cuda", "--json", str(parity)], 90),
         ("memcheck", sanitizer("memcheck"), 100),
         ("more-tests", tests("average", "momentum", "precision", "clip", "scaler"), 120),
         ("racecheck", sanitizer("racecheck"), 100),  # of shared memory
@@ -131,12 +133,13 @@ def main() -> None:
     # torch hands out parts of large blocks; bad accesses show at the ends of those only.
     checked = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     begin = time.monotonic()
-    report: dict[str, Any] = {"parts": {}, "bench": None}
+    report: dict[str, Any] = {"parts": {}, "bench": None, "parity": None}
     everything = folder / "log.txt"
     everything.write_bytes(b"")
     with tempfile.TemporaryDirectory() as scratch:
-        log, bench = Path(scratch, "log"), Path(scratch, "bench.json")
-        for name, command, most in parts(bench):
+        log = Path(scratch, "log")
+        results = {name: Path(scratch, f"{name}.json") for name in ("bench", "parity")}
+        for name, command, most in parts(**results):
             start = time.monotonic()
             left = SECONDS - GRACE - (start - begin)
             log.write_bytes(b"")
@@ -158,8 +161,8 @@ def main() -> None:
                 "last line": lines[-1] if lines else "",
                 "output": lines[-200:],
             }
-            if bench.exists():
-                report["bench"] = json.loads(bench.read_text())
+            if name in results and results[name].exists():
+                report[name] = json.loads(results[name].read_text())
             (folder / "report.json").write_text(json.dumps(report, indent=1))
             (folder / "report.txt").write_text(table(report))
             print(

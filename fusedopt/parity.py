@@ -469,7 +469,6 @@ class _Trial:
         if self.result.whole_run:
             self.compare_with_stock()
             self.record()
-        self.compare_counters()
 
     def step(self) -> None:
         batches = [
@@ -519,15 +518,8 @@ class _Trial:
         if reason := _difference(mine, theirs):
             self.result.problems.append(f"{what} differ from stock's: {reason}")
 
-    def compare_counters(self) -> None:
-        """All parameters' step counters with stock's."""
-        for mine, theirs in zip(self._our_state(), self._state(self.stock), strict=True):
-            if "step" in theirs:
-                equal = "step" in mine and float(mine["step"]) == float(theirs["step"])
-                self.result.counters_equal = equal and self.result.counters_equal is not False
-
     def record(self) -> None:
-        """Note the errors of weights and states as they are now."""
+        """Note the errors of weights and states as they are now, and compare counters."""
         mine = [whole(self.ours, p) for p in self.params]
         self._record("weight", mine, self.stock.params, self.exact.params)
         states = self._our_state(), self._state(self.stock), self._state(self.exact)
@@ -536,6 +528,10 @@ class _Trial:
                 self._record(name, *([state[name] for state in each] for each in states))
             else:
                 self.result.problems.append(f"ours has no state {name!r}")
+        for state, theirs in zip(*states[:2], strict=True):
+            if "step" in theirs:
+                equal = "step" in state and float(state["step"]) == float(theirs["step"])
+                self.result.counters_equal = equal and self.result.counters_equal is not False
 
     def _record(
         self,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -59,11 +59,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--device", type=_device, default="cpu", help="default: cpu")
     parser.add_argument(
         "--steps",
-        type=_positive,
+        type=_number(1),
         help=f"default: {RUN_STEPS}, or {PIPELINE_RUN_STEPS} with options that stock has not; "
         f"{SINGLE_STEPS} where each step is compared; {MODEL_STEPS} of a --model",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all numbers (default: 0)")
+    parser.add_argument("--seed", type=_number(0), default=0, help="of all numbers (default: 0)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--shapes",
@@ -102,10 +102,13 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"not a positive number: {text!r}")
-    return int(text)
+def _number(least: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"not a whole number from {least} on: {text!r}")
+        return int(text)
+
+    return check
 
 
 def _layouts(text: str) -> list[Layout]:
@@ -121,7 +124,7 @@ def _layouts(text: str) -> list[Layout]:
     return layouts
 
 
-def run(options: argparse.Namespace, error: Callable[[str], Any]) -> int:
+def run(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
     """Measure what the command line asks for.
 
     Args:
