@@ -556,7 +556,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 one, self._new_state(one, name, torch.float32).nan_to_num_(), square
             )
             codes = like(param, torch.uint8).fill_(int(code))
-            scales = torch.full((blocks_of(param),), float(scale), device=param.device)
+            scales = scale.to(param.device, non_blocking=True).repeat(blocks_of(param))
             return {name: codes, f"{name}_scale": scales}
         return {name: self._new_state(param, name, dtype)}
 

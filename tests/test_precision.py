@@ -641,3 +641,17 @@ def test_state_of_the_recipe_in_float64(case: Case) -> None:
         ours.step()
     torch.testing.assert_close(params, recipe.params, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close([ours.state[p]["ema"] for p in params], recipe.ema)
+
+
+def test_scales_do_not_follow_the_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        param = Parameter(torch.ones(300, dtype=torch.float32))
+        optimizer = fusedopt.AdamW([param], state_dtype=torch.uint8)
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        assert optimizer.state[param]["exp_avg_scale"].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
