@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
     parser.add_argument("--quick", action="store_true", help="few rounds")
     options = parser.parse_args(arguments)
-    count, budget = (3, 1.0) if options.quick else (15, 12.0)
+    count, budget = (4, 1.0) if options.quick else (16, 12.0)
     report: dict[str, Any] = {**environment(CPU), "results": []}
     print(describe(report))
     for title in options.suite:

@@ -23,7 +23,7 @@ from fusedopt.models import MODELS, Model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = Model("small", ((5, 3), (200,), ()))
-EFFORT = race.Effort(rounds=3, budget=0.01)
+EFFORT = race.Effort(rounds=4, budget=0.01)
 
 
 class FakeMachine:
@@ -56,14 +56,15 @@ def test_rounds_report_the_mean_of_the_timed_steps_only() -> None:
     # Two steps before, one to calibrate by: 15 ms, so two timed steps in each turn of 30 ms. Each
     # turn begins with an untimed step.
     preparation = milliseconds(900, 500, 15)
-    turns = milliseconds(700, 10, 20, 700, 30, 30, 700, 20, 40)
+    turns = milliseconds(700, 10, 20, 700, 30, 30, 700, 20, 40, 700, 30, 50)
     timing = measure.rounds(
-        {"a": machine.step("a", preparation + turns)}, count=3, clock=machine.clock
+        {"a": machine.step("a", preparation + turns)}, count=4, clock=machine.clock
     )["a"]
-    assert timing == measure.Timing(tuple(milliseconds(15, 30, 30)), steps=2)
+    assert timing == measure.Timing(dict(enumerate(milliseconds(15, 30, 30, 40))), steps=2)
     assert timing.spread.median == Fraction(30, 1000)
-    assert timing.spread.low == Fraction(18, 1000)  # a fifth of the way from the first to the next
-    assert timing.spread.high == Fraction(30, 1000)
+    # Three tenths of the way from the first to the next, and as far from the last.
+    assert timing.spread.low == Fraction(39, 2000)
+    assert timing.spread.high == Fraction(37, 1000)
 
 
 def test_order_rotates() -> None:
@@ -88,18 +89,20 @@ def test_slow_contenders_take_part_in_fewer_rounds() -> None:
         "slow": machine.step("slow", milliseconds(500)),  # two steps a turn: 5 s last for 5 turns
         "slowest": machine.step("slowest", milliseconds(60_000)),
     }
-    timings = measure.rounds(steps, count=12, budget=15, clock=machine.clock)
-    assert {name: len(timing.rounds) for name, timing in timings.items()} == {
-        "fast": 12,
-        "slow": 5,
-        "slowest": measure.MIN_ROUNDS,
+    timings = measure.rounds(steps, count=15, budget=15, clock=machine.clock)
+    assert {name: list(timing.rounds) for name, timing in timings.items()} == {
+        "fast": list(range(15)),
+        "slow": [0, 2, 4, 6, 8, 10, 12, 14],
+        "slowest": [0, 2, 4, 6, 8, 10, 12, 14],
     }
+    timings = measure.rounds(steps, count=16, budget=15, clock=machine.clock)
+    assert list(timings["slowest"].rounds) == [0, 4, 8, 12]
 
 
 def test_ratio_is_taken_round_by_round() -> None:
     # The machine becomes ten times slower, the ratio stays.
-    a = measure.Timing((2.0, 4.0, 20.0, 40.0), steps=1)
-    b = measure.Timing((1.0, 2.0, 10.0), steps=5)
+    a = measure.Timing(dict(enumerate((2.0, 4.0, 20.0, 40.0, 80.0))), steps=1)
+    b = measure.Timing({0: 1.0, 2: 10.0, 4: 40.0}, steps=5)
     assert measure.ratio(a, b) == measure.Spread(2.0, 2.0, 2.0)
     assert measure.ratio(b, a) == measure.Spread(0.5, 0.5, 0.5)
 
@@ -353,11 +356,13 @@ def test_bench_tells_in_a_table_json_csv_and_a_plot(bench, tmp_path: Path) -> No
     assert (sgd["clip"], clipped["clip"]) == (False, True)
     assert sgd["bytes_per_step"] == 20 * 64_000
     assert sgd["dtype"] == "float32"
+    assert sgd["copy_gb_per_s"] > 0
     assert {"for-loop", "foreach", "fused", "ours", "limit"} <= sgd["contenders"].keys()
     assert {"DeepSpeed", "fused"} <= rmsprop["absent"].keys()
     for contender in sgd["contenders"].values():
         assert contender["rounds"] >= measure.MIN_ROUNDS
         assert contender["gb_per_s"] > 0
+        assert sgd["copy_gb_per_s"] > 0
         assert contender["host_ms"] > 0
         assert contender["ms"].keys() == {"median", "low", "high"}
     assert {"torch's best", "for-loop", "foreach", "fused", "limit"} <= sgd[
@@ -385,7 +390,7 @@ def test_the_largest_case_is_also_measured_for_memory(bench, tmp_path: Path) -> 
     out = tmp_path / "out.json"
     arguments = ["--model", "mine:net", "--optimizer", "sgd", "--contender", "foreach"]
     done = subprocess.run(
-        [sys.executable, "-m", "fusedopt", "bench", *arguments, "--rounds", "3", "--json", out],
+        [sys.executable, "-m", "fusedopt", "bench", *arguments, "--rounds", "4", "--json", out],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -472,8 +477,8 @@ def test_results_are_written_after_each_case(
         ("--device tpu", "--device tpu: it is cpu, cuda"),
         ("--device cpu:1", "--device cpu:1: it is cpu, cuda"),
         ("--device cuda:77", "--device cuda:77: torch finds"),
-        ("--rounds 2", "'2' is no number from 3 on"),
-        ("--rounds many", "'many' is no number from 3 on"),
+        ("--rounds 3", "'3' is no number from 4 on"),
+        ("--rounds many", "'many' is no number from 4 on"),
         ("--budget nan", "'nan' is no positive number of seconds"),
         ("--budget -1", "'-1' is no positive number of seconds"),
         ("--json gone/out.json", "gone/out.json: no such folder"),
@@ -535,6 +540,13 @@ def test_faster_peers_are_named(high: float) -> None:
         *([faster] if high < 1 else []),
         *("absent: a, c (not installed)", "absent: b (too old)"),
     ]
+
+
+def test_a_machine_that_changed_is_told() -> None:
+    rows = [{"copy_gb_per_s": rate} for rate in (60.0, 105.0, 62.0)]
+    (line,) = report.drift(rows)
+    assert "60 to 105 GB/s" in line
+    assert not list(report.drift([{}, *rows[::2]]))
 
 
 def test_the_table_of_a_gpu_has_more_columns() -> None:

@@ -41,8 +41,8 @@ DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
-EFFORT = race.Effort(rounds=15, budget=6.0)
-QUICK = race.Effort(rounds=3, budget=0.7)
+EFFORT = race.Effort(rounds=16, budget=6.0)
+QUICK = race.Effort(rounds=4, budget=0.7)
 CURVE = 6  # a curve may take as long as so many cases
 
 
@@ -180,6 +180,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 bar.update()
         for line in report.remarks(rows):
             say(line)
+    for line in report.drift(found["results"]):
+        say(line)
     if bar:
         bar.close()
     if options.scaling:

@@ -21,6 +21,7 @@ from fusedopt.extension import ISA
 
 CYCLES_PER_S = 3e9  # no GPU's clock is faster
 LONGEST_WAIT_S = 0.2  # a stream's queue is full long before
+COPIED_BYTES = 1 << 27  # more than caches hold
 
 Step = Callable[[], object]
 
@@ -87,6 +88,19 @@ def clock(device: torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return now
+
+
+def copied_per_second(device: torch.device) -> float:
+    """Bytes that a copy within the device's memory reads and writes per second."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    now = clock(device)
+    times = []
+    for _ in range(7):
+        start = now()
+        target.copy_(source)
+        times.append(now() - start)
+    return 2 * COPIED_BYTES / statistics.median(times)
 
 
 def host_seconds(

@@ -6,12 +6,13 @@ about each other. The ratio of two times taken in the same round says much more.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-MIN_ROUNDS = 3
+MIN_ROUNDS = 4
 MAX_STEPS = 20
 TURN_S = 0.03  # what one turn should last: long beside the clock's resolution and a thread's start
 
@@ -27,15 +28,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per step, one mean per round, each over ``steps`` steps."""
+    """Seconds per step: by round, the mean over ``steps`` steps."""
 
-    rounds: tuple[float, ...]
+    rounds: Mapping[int, float]
     steps: int
 
     @property
     def spread(self) -> Spread:
         """Seconds per step."""
-        return spread_of(self.rounds)
+        return spread_of(list(self.rounds.values()))
 
 
 def spread_of(values: Sequence[float]) -> Spread:
@@ -46,13 +47,14 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 def ratio(a: Timing, b: Timing) -> Spread:
     """How many times as long ``a`` takes as ``b``, over the rounds in which both took part."""
-    return spread_of([x / y for x, y in zip(a.rounds, b.rounds, strict=False)])
+    shared = [turn for turn in a.rounds if turn in b.rounds]
+    return spread_of([a.rounds[turn] / b.rounds[turn] for turn in shared])
 
 
 def rounds(
     contenders: Mapping[str, Callable[[], object]],
     *,
-    count: int = 15,
+    count: int = 16,
     budget: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
@@ -60,7 +62,8 @@ def rounds(
 
     In each round each contender takes one turn: an untimed step, which brings its own data into
     the caches, then some timed ones. The order rotates from round to round. A contender so slow
-    that it would use more than its share of the budget takes part in the first rounds only.
+    that it would use more than its share of the budget takes part in every second round, or fourth,
+    and so on: from the first to the last, since the machine may drift in between.
 
     Args:
         contenders: What to time, by name; each call is one step.
@@ -68,24 +71,27 @@ def rounds(
         budget: Seconds for all of it, roughly; ``MIN_ROUNDS`` rounds take place in any case.
         clock: Returns seconds.
     """
-    steps, turns = {}, {}
+    steps, affordable = {}, {}
     for name, step in contenders.items():
         step()  # creates the optimizer's state
         step()
         seconds = max(_mean(step, 1, clock), 1e-9)
         steps[name] = max(1, min(MAX_STEPS, round(TURN_S / seconds)))
-        affordable = int(budget / len(contenders) / (seconds * (1 + steps[name])))
-        turns[name] = max(MIN_ROUNDS, min(count, affordable))
+        turns = int(budget / len(contenders) / (seconds * (1 + steps[name])))
+        affordable[name] = max(MIN_ROUNDS, min(count, turns))
 
     names = list(contenders)
-    means: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(max(turns.values())):
+    count = max(affordable.values())
+    # Powers of two, so that any two contenders share the rounds of the one that has fewer.
+    every = {name: 1 << int(math.log2(count / affordable[name])) for name in names}
+    means: dict[str, dict[int, float]] = {name: {} for name in names}
+    for turn in range(count):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if turn < turns[name]:
+            if turn % every[name] == 0:
                 contenders[name]()
-                means[name].append(_mean(contenders[name], steps[name], clock))
-    return {name: Timing(tuple(means[name]), steps[name]) for name in names}
+                means[name][turn] = _mean(contenders[name], steps[name], clock)
+    return {name: Timing(means[name], steps[name]) for name in names}
 
 
 def _mean(step: Callable[[], object], steps: int, clock: Callable[[], float]) -> float:

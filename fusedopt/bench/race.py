@@ -72,9 +72,10 @@ def measure(
             absent[name] = reason(error)
         else:
             steps[name] = step
+    copied = machine.copied_per_second(case.device)
     now = machine.clock(case.device)
     timings = rounds(steps, count=effort.rounds, budget=effort.budget, clock=now)
-    result = _result(case, timings, absent)
+    result = {**_result(case, timings, absent), "copy_gb_per_s": copied / 1e9}
     if details:
         for name, step in steps.items():
             result["contenders"][name].update(_details(case, step, gradients, effort.budget / 10))

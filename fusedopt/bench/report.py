@@ -15,6 +15,8 @@ from fusedopt.bench.race import BEST
 
 Row = dict[str, Any]
 
+DRIFT = 1.2  # memory that is so many times as fast as before is another machine's
+
 
 def load(path: Path) -> dict[str, Any]:
     """The results that a JSON file of ``fusedopt bench`` holds.
@@ -63,7 +65,10 @@ def block(row: Row) -> str:
     tensors = f"{row['tensors']} tensor{'s' if row['tensors'] > 1 else ''}"
     dtype = f" of {row['dtype']}" if "dtype" in row else ""
     size = f"{tensors}, {_short(row['elements'])} elements{dtype}"
-    lines = [f"{label(row)} ({size}): a step moves {_short(row['bytes_per_step'])}B"]
+    title = f"{label(row)} ({size}): a step moves {_short(row['bytes_per_step'])}B"
+    if "copy_gb_per_s" in row:
+        title += f"; a copy runs at {row['copy_gb_per_s']:.0f} GB/s"
+    lines = [title]
     for name, found in row["contenders"].items():
         cells = {"step, ms": _spread(found["ms"], 3), "GB/s": f"{found['gb_per_s']:.1f}"}
         if name in row["time_relative_to_ours"]:
@@ -95,6 +100,16 @@ def remarks(rows: Iterable[Row]) -> Iterator[str]:
         yield f"absent: {', '.join(names)} ({why})"
 
 
+def drift(rows: Iterable[Row]) -> Iterator[str]:
+    """What stands at the end when the machine was not the same throughout."""
+    rates = [row["copy_gb_per_s"] for row in rows if "copy_gb_per_s" in row]
+    if rates and max(rates) > DRIFT * min(rates):
+        yield (
+            f"the machine changed meanwhile: between models, a copy in memory ran at "
+            f"{min(rates):.0f} to {max(rates):.0f} GB/s; ratios of another run may differ"
+        )
+
+
 def tables(report: dict[str, Any]) -> Iterator[str]:
     """All of a report's results."""
     rows = report["results"]
@@ -102,6 +117,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
         mine = [row for row in rows if row["optimizer"] == optimizer]
         device = mine[0].get("device", "cpu")
         yield from (header(optimizer, device), *map(block, mine), *remarks(mine))
+    yield from drift(rows)
     points = report.get("scaling", [])
     for optimizer, against in dict.fromkeys((p["optimizer"], p["against"]) for p in points):
         yield scaling_header(optimizer, against)
