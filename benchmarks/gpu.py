@@ -11,7 +11,10 @@ import sys
 
 from fusedopt.bench import command
 
-CHOICE = "--device cuda --optimizer adamw --clip --contender foreach fused limit --budget 3"
+CHOICE = (
+    "--device cuda --optimizer adamw --clip --contender foreach fused limit "
+    "--passes 1 --rounds 15 --budget 3"
+)
 
 if __name__ == "__main__":
     command.main([*CHOICE.split(), *sys.argv[1:]])

@@ -41,8 +41,8 @@ DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
-EFFORT = race.Effort(rounds=16, budget=6.0)
-QUICK = race.Effort(rounds=4, budget=0.7)
+EFFORT = race.Effort(passes=3, rounds=6, budget=2.0)
+QUICK = race.Effort(passes=1, rounds=4, budget=0.7)
 CURVE = 6  # a curve may take as long as so many cases
 
 
@@ -98,12 +98,23 @@ def add_command(commands: Any) -> None:
         help="also how the time grows with the number of elements, tensors and groups",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--rounds", type=_rounds, help=f"at most (default: {EFFORT.rounds})")
+    how.add_argument(
+        "--passes",
+        type=functools.partial(_number, least=1),
+        metavar="N",
+        help=f"over all models, whose results are put together (default: {EFFORT.passes})",
+    )
+    how.add_argument(
+        "--rounds",
+        type=functools.partial(_number, least=MIN_ROUNDS),
+        metavar="N",
+        help=f"in each pass, at most (default: {EFFORT.rounds})",
+    )
     how.add_argument(
         "--budget",
         type=_seconds,
         metavar="SECONDS",
-        help=f"for a model, roughly (default: {EFFORT.budget:g})",
+        help=f"for a model in each pass, roughly (default: {EFFORT.budget:g})",
     )
     how.add_argument(
         "--quick", action="store_true", help="few rounds, and unless named few models, none large"
@@ -154,7 +165,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     device = _device(options.device)
     names = _contenders(options.contender)
     effort = QUICK if options.quick else EFFORT
-    effort = race.Effort(options.rounds or effort.rounds, options.budget or effort.budget)
+    effort = race.Effort(
+        options.passes or effort.passes,
+        options.rounds or effort.rounds,
+        options.budget or effort.budget,
+    )
     packages = tuple(dict.fromkeys(peer.package for peer in PEERS))
     found: dict[str, Any] = {**environment(device, packages), "results": []}
     print(describe(found), flush=True)  # peers may have to be compiled before anything else
@@ -162,33 +177,54 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     for line in too_large:
         print(line)
 
-    # On a CPU it takes a process for each contender: for one case it has to do.
-    largest = max(cases, key=lambda case: case.bytes_of_parameters, default=None)
-    bar = _bar(len(cases))
-    say = bar.write if bar else functools.partial(print, flush=True)
-    for optimizer in dict.fromkeys(case.optimizer.name for case in cases):
-        say(report.header(optimizer, device.type))
-        rows = []
-        for case in (case for case in cases if case.optimizer.name == optimizer):
-            extra = case is largest and not options.quick
-            row = race.measure(case, names, effort, extra=extra)
-            say(report.block(row))
-            rows.append(row)
-            found["results"].append(row)
-            _write(found, options)  # also for those who stop it
-            if bar:
-                bar.update()
-        for line in report.remarks(rows):
-            say(line)
-    for line in report.drift(found["results"]):
-        say(line)
-    if bar:
-        bar.close()
+    _measure_cases(cases, options, device, names, effort, found)
     if options.scaling:
         found["scaling"] = []
         for optimizer in options.optimizer or DEFAULT_OPTIMIZERS[:1]:
             _measure_curves(OPTIMIZERS[optimizer], options, device, names, effort, found)
     return found
+
+
+def _measure_cases(
+    cases: list[Case],
+    options: argparse.Namespace,
+    device: torch.device,
+    names: list[str],
+    effort: race.Effort,
+    found: dict[str, Any],
+) -> None:
+    bar = _bar(effort.passes * len(cases))
+    say = bar.write if bar else functools.partial(print, flush=True)
+    measured: list[list[race.Measured]] = [[] for _ in cases]
+    rows: dict[int, report.Row] = {}
+    sizes = [case.bytes_of_parameters for case in cases]
+    for number in range(1, effort.passes + 1):
+        last = number == effort.passes
+        if not bar and effort.passes > 1:
+            print(f"pass {number} of {effort.passes}", file=sys.stderr, flush=True)
+        for optimizer in dict.fromkeys(case.optimizer.name for case in cases):
+            mine = [i for i, case in enumerate(cases) if case.optimizer.name == optimizer]
+            if last:
+                say(report.header(optimizer, device.type))
+            for i in mine:
+                measured[i].append(race.measure(cases[i], names, effort))
+                # On a CPU it takes a process for each contender: for the largest it has to do.
+                ask = last and i == sizes.index(max(sizes)) and not options.quick
+                extra = race.memory_of_steps(cases[i], measured[i][0].timings) if ask else {}
+                rows[i] = race.result(cases[i], measured[i], extra)
+                if last:
+                    say(report.block(rows[i]))
+                found["results"] = list(rows.values())
+                _write(found, options)  # also for those who stop it
+                if bar:
+                    bar.update()
+            if last:
+                for line in report.remarks([rows[i] for i in mine]):
+                    say(line)
+    for line in report.drift(rows.values()):
+        say(line)
+    if bar:
+        bar.close()
 
 
 def _measure_curves(
@@ -200,17 +236,18 @@ def _measure_curves(
     found: dict[str, Any],
 ) -> None:
     names = [name for name in names if name in (*TORCH, "ours")]
-    effort_each = race.Effort(effort.rounds, effort.budget / 5)
+    whole = effort.passes * effort.budget
+    effort_each = race.Effort(1, effort.passes * effort.rounds, whole / 5)
     for against, models in race.curves().items():
         print(report.scaling_header(optimizer.name, against))
-        end = time.monotonic() + CURVE * effort.budget
+        end = time.monotonic() + CURVE * whole
         for model in models:
             case = Case(model, optimizer, device, DTYPES.get(options.dtype))
             fits = race.bytes_needed(case, names) <= free_bytes(device)
             if not fits or time.monotonic() > end:
                 print(f"  stops here: {'no time' if fits else 'no memory'} for more")
                 break
-            row = race.measure(case, names, effort_each, details=False)
+            row = race.result(case, [race.measure(case, names, effort_each, details=False)])
             point = {"against": against, "at": row[against], **row}
             print(report.point(point), flush=True)
             found["scaling"].append(point)
@@ -272,10 +309,10 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _rounds(text: str) -> int:
+def _number(text: str, least: int) -> int:
     number = int(text) if text.isdecimal() else 0
-    if number < MIN_ROUNDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {MIN_ROUNDS} on")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} on")
     return number
 
 

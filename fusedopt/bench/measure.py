@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-MIN_ROUNDS = 4
+MIN_ROUNDS = 2
 MAX_STEPS = 20
 TURN_S = 0.03  # what one turn should last: long beside the clock's resolution and a thread's start
 
@@ -28,9 +28,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per step: by round, the mean over ``steps`` steps."""
+    """Seconds per step: by round, the mean over some steps; ``steps`` in all."""
 
-    rounds: Mapping[int, float]
+    rounds: Mapping[Hashable, float]
     steps: int
 
     @property
@@ -49,6 +49,18 @@ def ratio(a: Timing, b: Timing) -> Spread:
     """How many times as long ``a`` takes as ``b``, over the rounds in which both took part."""
     shared = [turn for turn in a.rounds if turn in b.rounds]
     return spread_of([a.rounds[turn] / b.rounds[turn] for turn in shared])
+
+
+def together(passes: Sequence[Timing]) -> Timing:
+    """What was measured in several passes, as one."""
+    return Timing(
+        {
+            (i, turn): mean
+            for i, timing in enumerate(passes)
+            for turn, mean in timing.rounds.items()
+        },
+        sum(timing.steps for timing in passes),
+    )
 
 
 def rounds(
@@ -84,14 +96,14 @@ def rounds(
     count = max(affordable.values())
     # Powers of two, so that any two contenders share the rounds of the one that has fewer.
     every = {name: 1 << int(math.log2(count / affordable[name])) for name in names}
-    means: dict[str, dict[int, float]] = {name: {} for name in names}
+    means: dict[str, dict[Hashable, float]] = {name: {} for name in names}
     for turn in range(count):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if turn % every[name] == 0:
                 contenders[name]()
                 means[name][turn] = _mean(contenders[name], steps[name], clock)
-    return {name: Timing(means[name], steps[name]) for name in names}
+    return {name: Timing(means[name], steps[name] * len(means[name])) for name in names}
 
 
 def _mean(step: Callable[[], object], steps: int, clock: Callable[[], float]) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from fusedopt.bench.contenders import (
     fault_of,
     reason,
 )
-from fusedopt.bench.measure import Spread, Timing, ratio, rounds
+from fusedopt.bench.measure import Spread, Timing, ratio, rounds, together
 from fusedopt.models import Model
 
 # Up to so many elements there is next to nothing to move on a CPU: a step's time is the host's.
@@ -31,10 +32,28 @@ BEST = "torch's best"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a case."""
+    """How long to measure a case: in each pass over all of them, so many rounds and seconds."""
 
+    passes: int
     rounds: int
-    budget: float  # seconds
+    budget: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass found for a case, by contender.
+
+    Attributes:
+        timings: Of those that took part.
+        absent: Why others did not.
+        details: Figures besides.
+        copied: Bytes that a copy in memory read and wrote per second before.
+    """
+
+    timings: dict[str, Timing]
+    absent: dict[str, str]
+    details: dict[str, dict[str, float]]
+    copied: float
 
 
 def bytes_needed(case: Case, names: Iterable[str]) -> int:
@@ -47,17 +66,14 @@ def bytes_needed(case: Case, names: Iterable[str]) -> int:
     return case.bytes_of_parameters * tensors + copied * 2 * COPIED_AT_ONCE
 
 
-def measure(
-    case: Case, names: Iterable[str], effort: Effort, *, details: bool = True, extra: bool = False
-) -> dict[str, Any]:
-    """Measure a case; the result is what JSON files hold.
+def measure(case: Case, names: Iterable[str], effort: Effort, *, details: bool = True) -> Measured:
+    """Measure a case in one pass.
 
     Args:
         case: What to measure.
         names: Of contenders, among them "ours".
         effort: How long.
         details: Not only the steps' times.
-        extra: On a CPU, also the memory that a step takes, which needs a process for each.
     """
     gradients = Gradients(case)
     steps: dict[str, Step] = {}
@@ -75,20 +91,27 @@ def measure(
     copied = machine.copied_per_second(case.device)
     now = machine.clock(case.device)
     timings = rounds(steps, count=effort.rounds, budget=effort.budget, clock=now)
-    result = {**_result(case, timings, absent), "copy_gb_per_s": copied / 1e9}
+    found: dict[str, dict[str, float]] = {}
     if details:
         for name, step in steps.items():
-            result["contenders"][name].update(_details(case, step, gradients, effort.budget / 10))
+            found[name] = _details(case, step, gradients, effort.budget / 10)
     steps.clear()
     del gradients, step
     gc.collect()  # optimizers are in reference cycles, and hold gigabytes
     if case.device.type == "cuda":
         torch.cuda.empty_cache()
-    elif extra:
-        for name in timings:
-            with contextlib.suppress(OSError, RuntimeError):  # not Linux; or too little memory
-                result["contenders"][name]["extra_bytes"] = memory.step_bytes(case, name)
-    return result
+    return Measured(timings, absent, found, copied)
+
+
+def memory_of_steps(case: Case, names: Iterable[str]) -> dict[str, int]:
+    """Bytes that a step takes for itself on a CPU, as far as that can be had."""
+    found: dict[str, int] = {}
+    if case.device.type != "cpu":
+        return found  # measured with the other details
+    for name in names:
+        with contextlib.suppress(OSError, RuntimeError):  # not Linux; or too little memory
+            found[name] = memory.step_bytes(case, name)
+    return found
 
 
 def _details(case: Case, step: Step, gradients: Gradients, budget: float) -> dict[str, float]:
@@ -99,7 +122,17 @@ def _details(case: Case, step: Step, gradients: Gradients, budget: float) -> dic
     return {"host_ms": 1e3 * host, **({} if on_cpu else machine.cuda_figures(step, host))}
 
 
-def _result(case: Case, timings: dict[str, Timing], absent: dict[str, str]) -> dict[str, Any]:
+def result(
+    case: Case, passes: Sequence[Measured], memory_taken: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """What JSON files hold of a case."""
+    memory_taken = memory_taken or {}
+    absent = {name: why for found in passes for name, why in found.absent.items()}
+    timings = {
+        name: together([found.timings[name] for found in passes])
+        for name in passes[0].timings
+        if name not in absent
+    }
     moved = case.bytes_per_step
     dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in case.dtypes)
     return {
@@ -112,18 +145,25 @@ def _result(case: Case, timings: dict[str, Timing], absent: dict[str, str]) -> d
         "groups": len(case.model.shapes) if case.model.group_each else 1,
         "elements": case.model.elements,
         "bytes_per_step": moved,
+        "copy_gb_per_s": [found.copied / 1e9 for found in passes],
         "contenders": {
             name: {
                 "ms": {key: 1e3 * value for key, value in asdict(timing.spread).items()},
                 "gb_per_s": moved / timing.spread.median / 1e9,
                 "rounds": len(timing.rounds),
-                "steps_per_round": timing.steps,
+                "steps": timing.steps,
+                **_medians([found.details.get(name, {}) for found in passes]),
+                **({"extra_bytes": memory_taken[name]} if name in memory_taken else {}),
             }
             for name, timing in timings.items()
         },
         "absent": absent,
         "time_relative_to_ours": {n: asdict(r) for n, r in _relative_to_ours(timings).items()},
     }
+
+
+def _medians(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(each[key] for each in figures) for key in figures[0]}
 
 
 def _relative_to_ours(timings: dict[str, Timing]) -> dict[str, Spread]:
