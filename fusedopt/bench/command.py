@@ -41,7 +41,7 @@ DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
-EFFORT = race.Effort(passes=3, rounds=6, budget=2.0)
+EFFORT = race.Effort(passes=2, rounds=8, budget=3.0)
 QUICK = race.Effort(passes=1, rounds=4, budget=0.7)
 CURVE = 6  # a curve may take as long as so many cases
 
