@@ -19,7 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 # Those of `fusedopt bench`.
-RESULTS := $(filter-out %/pipeline-%,$(wildcard benchmarks/results/*.json))
+RESULTS := $(filter-out benchmarks/results/pipeline-%,$(wildcard benchmarks/results/*.json))
 
 ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
 	options precision profiling robust scaler))

@@ -594,7 +594,7 @@ def test_committed_results_can_be_told_and_drawn(path: Path, tmp_path: Path) -> 
     plot.draw(found, tmp_path / "out.png")
     report.write_csv(found, tmp_path / "out.csv")
     with pytest.raises(BenchError, match="no results to draw"):
-        plot.draw({**found, "results": []}, tmp_path / "out.png")
+        plot.draw({**found, "results": [], "scaling": []}, tmp_path / "out.png")
 
 
 def test_pipeline_measures_every_suite(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,24 @@ def test_code_runs(document: Path) -> None:
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(document), "exec"), names)
+
+
+def test_the_readme_quotes_the_results() -> None:
+    """Every row of its table: milliseconds, and times as long as ours."""
+    path = ROOT / "benchmarks" / "results" / "cpu-avx512-2-threads.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    found = {row["case"]: row for row in results if row["optimizer"] == "adamw"}
+    rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert {case for case, _ in rows} == found.keys()
+    for case, cells in rows:
+        *others, ours, limit = cells.split(" | ")
+        contenders, relative = found[case]["contenders"], found[case]["time_relative_to_ours"]
+        for name, cell in zip(("for-loop", "foreach", "fused", "DeepSpeed"), others, strict=True):
+            milliseconds, times = map(float, cell.strip("x)").split(" ("))
+            assert milliseconds == pytest.approx(contenders[name]["ms"]["median"], rel=0.01)
+            assert times == pytest.approx(relative[name]["median"], rel=0.05)
+        assert float(ours.strip("*")) == pytest.approx(contenders["ours"]["ms"]["median"], rel=0.01)
+        assert float(limit) == pytest.approx(relative["limit"]["median"], abs=0.01)
 
 
 def test_every_option_is_documented() -> None:
