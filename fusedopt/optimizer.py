@@ -297,6 +297,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             self._configured = True
         return stepper
 
+    def __repr__(self) -> str:
+        """torch's, and the options in use, which belong to no group."""
+        options = "".join(f"{option}\n" for option in self._used())
+        return super().__repr__().removesuffix(")") + f"{options})"
+
     def _options_changed(self, names: set[str]) -> None:
         if names - {"grad_divisor", "nonfinite"}:
             self._configured = False

@@ -19,8 +19,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     Takes the arguments of :class:`torch.optim.Adam` and keeps its state: ``step`` (0-dim),
     ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad`` (Reddi et al. 2018, Algorithm 2),
     ``max_exp_avg_sq``, each of the parameter's shape and, unless ``state_dtype`` says otherwise,
-    dtype. ``foreach`` and ``fused`` are
-    accepted and change nothing.
+    dtype. ``foreach`` and ``fused`` change nothing, but for parameters that are left to torch.
 
     Raises:
         ValueError: An argument is out of its range.

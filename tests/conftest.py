@@ -24,3 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_default_device(device)
+        if device == "fake":
+            # Autograd has a thread for each device, and each thread its own OpenMP team: on few
+            # processors they keep each other from working.
+            torch.set_num_threads(1)

@@ -62,6 +62,18 @@ def classes(*names: str) -> pytest.MarkDecorator:
 every_class = classes(*(case.name for case in CLASSES))
 
 
+def every_class_with(options: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrize "case" and "options": all rows but those that construction refuses."""
+    coarse = (torch.bfloat16, torch.uint8)  # differences of averages need more bits
+    rows = [
+        pytest.param(case, more, id=f"{case.name}-{name}")
+        for case in CLASSES
+        for name, more in options.items()
+        if not (case.options.get("centered") and more.get("state_dtype") in coarse)
+    ]
+    return pytest.mark.parametrize(("case", "options"), rows)
+
+
 def random_tensor(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     parts = torch.randn(*shape, 2, generator=generator, dtype=torch.float64, device="cpu")

@@ -29,6 +29,7 @@ from helpers import (
     complete_state,
     contents_of,
     every_class,
+    every_class_with,
     make_params,
     needs_sparse,
     needs_zero_tensors,
@@ -226,15 +227,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @folded_or_not
-@table("options", OPTIONS)
 @table("dtype", {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)})
-@every_class
+@every_class_with(OPTIONS)
 def test_every_option_sees_the_mean(
     case: Case, dtype: torch.dtype, options: dict[str, Any], folded: bool
 ) -> None:
     """The bits of a step on the mean, with the same options."""
-    if case.options.get("centered") and options.get("state_dtype") in (torch.bfloat16, torch.uint8):
-        pytest.skip("refused")
     optimizers = []
     for micro_batches in (4, 1):
         torch.manual_seed(0)  # of the random bits

@@ -23,6 +23,7 @@ from helpers import (
     SETTLED,
     Twins,
     assert_same,
+    classes,
     contents_of,
     every_class,
     make_params,
@@ -377,14 +378,14 @@ def test_raising_cannot_be_captured() -> None:
         optimizer.step()
 
 
-@every_class
+@classes("SGD", "Momentum", "Adagrad")
+def test_capturable_is_unknown_where_stock_does_not_know_it(case: Case) -> None:
+    with pytest.raises(TypeError, match="capturable"):
+        case.ours(make_params(), capturable=True)
+
+
+@classes("AdamW", "Adam", "RMSprop")
 def test_capturable_is_stocks_word_for_graphs(case: Case) -> None:
-    if case.name in ("SGD", "Momentum"):
-        with pytest.raises(TypeError, match="capturable"):
-            case.ours(make_params(), capturable=True)
-        return
-    if case.name == "Adagrad":
-        pytest.skip("stock Adagrad has no capturable")
     params = make_params()
     optimizer = case.ours(params, capturable=True, max_grad_norm=1.0)
     set_grads(params, 0)

@@ -17,6 +17,7 @@ from helpers import (
     classes,
     complete_state,
     every_class,
+    every_class_with,
     make_params,
     nothing_written,
     params_of,
@@ -144,14 +145,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@table("options", OPTIONS)
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@every_class
+@every_class_with(OPTIONS)
 def test_every_option_sees_unscaled_gradients(
     case: Case, options: dict[str, Any], micro_batches: int
 ) -> None:
-    if case.options.get("centered") and options.get("state_dtype") == torch.uint8:
-        pytest.skip("refused")
     runs = Scaled(case, **options)
     for optimizer in (runs.ours, runs.plain):  # the same random bits
         torch.manual_seed(0)
@@ -305,11 +303,8 @@ FIRST_STEPS: dict[str, dict[str, Any]] = {
 }
 
 
-@table("options", FIRST_STEPS)
-@every_class
+@every_class_with(FIRST_STEPS)
 def test_an_overflow_in_the_first_step_with_options(case: Case, options: dict[str, Any]) -> None:
-    if case.options.get("centered") and options.get("state_dtype") == torch.uint8:
-        pytest.skip("refused")
     # Memory that nobody initializes had better not be zero by chance.
     del [torch.full((64,), torch.nan) for _ in range(50)][:]
     optimizers = [
