@@ -1,0 +1,312 @@
+"""Search for hyperparameters in stages: many short trials, then fewer long ones near the best.
+
+The recipe is old: a coarse search over wide ranges, in which every trial trains for an epoch or
+five, then a finer one around the best, with the training time that tells neighbours apart. Optuna
+does the searching; here is what the stages add to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a search.
+
+    Attributes:
+        trials: How many, those that fail or are pruned included.
+        budget: What each may spend, in whatever unit the objective understands: epochs, say.
+        shrink: Width of each range relative to the stage before, around that stage's best; the
+            share of the values of a categorical choice that stay. No meaning in the first stage.
+        seconds: No new trial begins after so many (None: no limit).
+    """
+
+    trials: int
+    budget: float
+    shrink: float = 0.25
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
+            raise ValueError(f"trials must be an int from 1 on: {self.trials!r}")
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"budget must be positive and finite: {self.budget!r}")
+        if not 0 < self.shrink <= 1:
+            raise ValueError(f"shrink must be above 0 and at most 1: {self.shrink!r}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds must be positive: {self.seconds!r}")
+
+
+@dataclass
+class Record:
+    """What became of a trial.
+
+    Attributes:
+        stage: Its stage, from 0 on.
+        params: What was tried.
+        value: What the objective returned; None when it failed or was pruned.
+        outcome: "complete", "pruned" or "failed".
+        error: Why it failed.
+        seconds: How long it took.
+    """
+
+    stage: int
+    params: dict[str, Any]
+    value: float | None
+    outcome: str
+    error: str | None
+    seconds: float
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        params: The best of the last stage in which a trial was completed. (Values of different
+            stages had different budgets and do not compare.)
+        value: Their value.
+        spaces: What each stage searched.
+        trials: All that was tried, in order.
+    """
+
+    params: dict[str, Any]
+    value: float
+    spaces: list[dict[str, BaseDistribution]]
+    trials: list[Record]
+
+
+class Trial:
+    """What an objective is given.
+
+    Attributes:
+        params: The hyperparameters to try.
+        budget: What it may spend (:class:`Stage`).
+        stage: The stage, from 0 on.
+    """
+
+    def __init__(self, trial: optuna.Trial, stage: int, budget: float) -> None:
+        self.params: dict[str, Any] = trial.params
+        self.budget = budget
+        self.stage = stage
+        self._trial = trial
+
+    def report(self, value: float, step: int) -> None:
+        """Tell how it goes; ends the trial when others were better by then.
+
+        Raises:
+            optuna.TrialPruned: It is not worth going on. Let it pass.
+        """
+        import optuna
+
+        self._trial.report(value, step)
+        if self._trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def coarse_to_fine(
+    objective: Callable[[Trial], float],
+    space: Mapping[str, BaseDistribution],
+    *,
+    stages: Sequence[Stage] = (Stage(trials=20, budget=2), Stage(trials=8, budget=20)),
+    direction: Literal["minimize", "maximize"] = "minimize",
+    seed: int = 0,
+    sampler: Callable[[int], BaseSampler] | None = None,
+    pruner: BasePruner | None = None,
+    storage: str | None = None,
+    name: str = "search",
+) -> SearchResult:
+    """Search a space coarsely, then ever finer around the best.
+
+    A trial that raises, or returns something else than a finite number, is recorded as failed, and
+    the search goes on. An interrupt (Ctrl-C) ends it; what was tried is in the storage, if there is
+    one, and a second call with the same arguments goes on from there.
+
+    Args:
+        objective: Trains with ``trial.params`` for ``trial.budget`` and returns what is to be
+            minimized or maximized; may call ``trial.report`` in between.
+        space: Optuna's distributions by name, for example
+            ``{"lr": FloatDistribution(1e-5, 1e-1, log=True)}``.
+        stages: At least one.
+        direction: "minimize" or "maximize".
+        seed: Of the sampler.
+        sampler: Makes Optuna's sampler for a seed (default: ``optuna.samplers.TPESampler``).
+        pruner: Optuna's (default: ``optuna.pruners.MedianPruner()``, which compares what is
+            reported).
+        storage: Where trials are kept, such as ``"sqlite:///search.db"`` (default: in memory).
+        name: Of the studies in the storage, to which the stage's number is added.
+
+    Raises:
+        TypeError: Something in the space is no distribution.
+        ValueError: There is nothing to search, no stage, or no such direction.
+        RuntimeError: No trial of the first stage could be completed; the message has the errors.
+        ImportError: Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("coarse_to_fine needs optuna: pip install optuna") from error
+    if not space or not stages:
+        raise ValueError(f"there is nothing to search: {'stages' if space else 'space'} is empty")
+    for key, distribution in space.items():
+        if not isinstance(distribution, optuna.distributions.BaseDistribution):
+            raise TypeError(f"space[{key!r}] is no distribution of Optuna's: {distribution!r}")
+    if direction not in ("minimize", "maximize"):
+        raise ValueError(f"direction must be 'minimize' or 'maximize': {direction!r}")
+    new_sampler = sampler or (lambda seed: optuna.samplers.TPESampler(seed=seed))
+
+    result = SearchResult({}, math.nan, [], [])
+    spaces = dict(space)
+    for number, stage in enumerate(stages):
+        with _quiet(optuna):
+            study = optuna.create_study(
+                storage=storage,
+                study_name=f"{name}-{number}",
+                direction=direction,
+                pruner=pruner or optuna.pruners.MedianPruner(),
+                load_if_exists=True,
+            )
+        # Going on with the first seed would try the same again.
+        study.sampler = new_sampler(seed + len(study.trials))
+        result.spaces.append(spaces)
+        if number and not study.trials:
+            study.enqueue_trial(result.params)  # the centre, with the longer budget
+        _run(study, stage, number, spaces, objective)
+        result.trials += [_record(trial, number) for trial in study.trials]
+        if study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+            result.params, result.value = dict(study.best_params), study.best_value
+        elif number == 0:
+            errors = dict.fromkeys(found.error or found.outcome for found in result.trials)
+            raise RuntimeError(f"no trial was completed: {'; '.join(errors)}")
+        if number + 1 < len(stages):
+            spaces = _around(study, result.params, spaces, space, stages[number + 1].shrink)
+    return result
+
+
+def _run(
+    study: optuna.Study,
+    stage: Stage,
+    number: int,
+    space: dict[str, BaseDistribution],
+    objective: Callable[[Trial], float],
+) -> None:
+    import optuna
+
+    states = optuna.trial.TrialState
+    end = math.inf if stage.seconds is None else time.monotonic() + stage.seconds
+    done = len(study.get_trials(states=[states.COMPLETE, states.PRUNED, states.FAIL]))
+    while done < stage.trials and time.monotonic() < end:
+        trial = study.ask(fixed_distributions=space)
+        try:
+            value = float(objective(Trial(trial, number, stage.budget)))
+            if not math.isfinite(value):
+                raise ValueError(f"the objective returned {value}")
+        except optuna.TrialPruned:
+            study.tell(trial, state=states.PRUNED)
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            study.tell(trial, state=states.FAIL)
+        except BaseException:
+            trial.set_user_attr("error", "interrupted")
+            study.tell(trial, state=states.FAIL)
+            raise
+        else:
+            study.tell(trial, value)
+        done += 1
+
+
+def _record(trial: optuna.trial.FrozenTrial, stage: int) -> Record:
+    outcome = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+    return Record(
+        stage,
+        dict(trial.params),
+        trial.value if outcome == "complete" else None,
+        outcome,
+        trial.user_attrs.get("error"),
+        trial.duration.total_seconds() if trial.duration else math.nan,
+    )
+
+
+def _around(
+    study: optuna.Study,
+    best: dict[str, Any],
+    before: Mapping[str, BaseDistribution],
+    whole: Mapping[str, BaseDistribution],
+    shrink: float,
+) -> dict[str, BaseDistribution]:
+    """The same ranges, narrower, with the best in the middle, within those of the beginning."""
+    import optuna
+
+    ranks = _choices_by_value(study)
+    found: dict[str, BaseDistribution] = {}
+    for name, old in before.items():
+        if isinstance(old, optuna.distributions.CategoricalDistribution):
+            kept = max(1, math.ceil(shrink * len(old.choices)))
+            order = [choice for choice in ranks.get(name, []) if choice in old.choices]
+            found[name] = optuna.distributions.CategoricalDistribution(order[:kept] or old.choices)
+        elif isinstance(old, optuna.distributions.FloatDistribution):
+            low, high = _narrowed(best[name], old, whole[name], shrink)
+            found[name] = optuna.distributions.FloatDistribution(
+                low, high, log=old.log, step=old.step
+            )
+        elif isinstance(old, optuna.distributions.IntDistribution):
+            low, high = _narrowed(best[name], old, whole[name], shrink)
+            found[name] = optuna.distributions.IntDistribution(
+                round(low), round(high), log=old.log, step=old.step
+            )
+        else:
+            found[name] = old
+    return found
+
+
+def _narrowed(best: float, old: Any, whole: Any, shrink: float) -> tuple[float, float]:
+    """The ends of a range, on its grid where it has steps."""
+    if old.log:
+        factor = (old.high / old.low) ** (shrink / 2)
+        low, high = best / factor, best * factor
+    else:
+        half = (old.high - old.low) * shrink / 2
+        low, high = best - half, best + half
+    low, high = max(low, whole.low), min(high, whole.high)
+    if old.step is not None:
+        # Twelve digits, because 0.4 + 3 * 0.1 ought to be 0.7, and quotients whole numbers.
+        low = whole.low + old.step * math.floor((low - whole.low) / old.step + 1e-9)
+        high = low + old.step * math.floor((high - low) / old.step + 1e-9)
+        low, high = (float(f"{end:.12g}") for end in (low, high))
+    return low, high
+
+
+def _choices_by_value(study: optuna.Study) -> dict[str, list[Any]]:
+    """For each hyperparameter, what was chosen, from the best trial to the worst."""
+    import optuna
+
+    trials = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    sign = -1 if study.direction.name == "MAXIMIZE" else 1
+    found: dict[str, list[Any]] = {}
+    for trial in sorted(trials, key=lambda trial: sign * (trial.value or 0.0)):
+        for name, choice in trial.params.items():
+            if choice not in found.setdefault(name, []):
+                found[name].append(choice)
+    return found
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
