@@ -101,10 +101,13 @@ FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return a * b 
 FUSEDOPT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-// (1 - weight) * from + weight * to, exact at both ends.
+// (1 - weight) * from + weight * to, as torch.lerp: from the nearer end, so that what is rounded
+// beside the result is small, constants stay what they are, and both ends are exact.
 template <class T>
 FUSEDOPT_HD inline T interpolate(T from, T to, T weight) {
-  return multiply_add(weight, to, multiply_add(-weight, from, from));
+  const T distance = to - from;
+  return weight < T(0.5) ? multiply_add(weight, distance, from)
+                         : multiply_add(weight - T(1), distance, to);
 }
 
 template <class T>

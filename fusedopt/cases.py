@@ -120,6 +120,7 @@ _STAGES: list[tuple[dict[str, Any], int, tuple[torch.dtype, ...]]] = [
     ({"max_grad_norm": 10.0}, 1, DTYPES),
     ({"max_grad_norm": 0.5, "grad_norm_type": math.inf}, 1, REAL),
     ({"max_grad_value": 0.5}, 1, REAL),
+    ({"nonfinite": "skip"}, 1, DTYPES),
     ({"l1": 0.1}, 1, REAL),
     ({"ema_decay": 0.95}, 1, DTYPES),
     ({"ema_decay": 0.95, "ema_warmup": True}, 1, DTYPES),

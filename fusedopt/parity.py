@@ -9,11 +9,10 @@ Errors are distances from the reference, in units in the last place (ulp) of wha
 computed in: float32, float64, complex; and weights of 16 bits that have a hidden part: their whole
 weights, with a stock run in float32. Of it,
 
-- weights and state agree with stock's within ``torch.testing``'s default tolerances, and step
-  counters are equal;
-- in float32 and complex64 the weights are as near to the reference as stock's (below); with options
-  that stock has not, this is also enough for state and averages, because a clip's factor in float32
-  may lead stock's farther away from the reference than the tolerances;
+- weights and state agree with stock's within ``torch.testing``'s default tolerances, wherever ours
+  are not nearer to the reference, and step counters are equal;
+- in float32 and complex64 they are as near to the reference as stock's (below), in float64 and
+  complex128 as near as :data:`EXACT` says;
 - a weight of 16 bits is its whole weight, rounded.
 
 **Single steps** are compared where something is rounded to fewer bits after each: stock and the
@@ -29,9 +28,13 @@ reference go on from what our last step has left. Of each step,
 - what is kept in float32 beside these is as near to the reference as stock's in float32 (below);
 - step counters are equal.
 
-**As near as stock's**: the largest error is at most stock's and one unit in the last place of the
-largest value, and the root of the mean square at most stock's, but for what :data:`ALLOWANCES`
-allows, with its reasons.
+**As near as stock's**: of all errors, in units in the last place, the median, the 90% and the 99%
+quantile are at most stock's, but for what :data:`ALLOWANCES` allows, with its reasons. (The largest
+are a matter of luck: where a denominator or a sum all but vanishes, any rounding is magnified.)
+
+**Luck.** For the same reason a few values in ten thousand may be outside of the bounds above, if
+they are other ones with other numbers: a row in which some are is measured anew, twice, and fails
+when a value is outside all three times, or when :data:`OUTSIDE` of them are. A fault strikes again.
 """
 
 from __future__ import annotations
@@ -57,22 +60,28 @@ PIPELINE_RUN_STEPS = 40
 SINGLE_STEPS = 12
 SLICE = 2**20  # elements that take part at a time
 
-# How many times stock's errors ours may be: the largest, and the root of the mean square.
+# How many times stock's errors ours may be, at each of these shares of values beyond; and what so
+# many values scatter, of which as many standard errors are allowed.
+TAILS = (0.5, 0.1, 0.01)
+STANDARD_ERRORS = 3
 ALLOWANCES = {
-    # Stock's vectorized square root is off by a unit now and then, ours never: the errors are not
-    # the same, but they must be equally large.
-    "real": (1.0, 1.01),
-    # Stock's complex kernels round in other places, too.
-    "complex": (1.0, 1.1),
+    # A histogram's bins are 0.8% wide.
+    "real": 1.02,
+    # Stock's complex kernels round in other places.
+    "complex": 1.1,
     # The factor of a clip is rounded once for all values, by stock and by ours, and Kahan's
-    # weights are rounded twice: luck that less averages out (up to 1.9 and 1.025 were measured).
-    "pipeline": (2.0, 1.1),
-    # Of states after a single step, where a few roundings are all there is: stock interpolates
-    # averages, ours weighs them (1.16 was measured).
-    "state": (2.0, 1.25),
+    # weights are rounded twice: luck that less averages out.
+    "pipeline": 1.1,
+    # The mean of micro-batches is their sum times a rounded reciprocal, with stock a quotient.
+    "state": 1.5,
 }
+# Where stock computes as the reference does: ulp, at these shares. (Torch sums the squares of
+# complex numbers one after the other: all that is clipped by their norm is 70 units off.)
+EXACT = (128.0, 1024.0, 8192.0)
+# The share of values outside of the bounds above which it is no luck; four are in any case.
+OUTSIDE = 0.0005
+ANEW = (1_000_003, 2_000_003)  # added to the seed
 COARSE = (torch.bfloat16, torch.uint8)  # state dtypes that are rounded at random
-FEW = 1000  # so many values or less have no mean to speak of
 
 Kind = Literal["wide", "nearest", "random"]
 # In units: what most values keep to, and what all do.
@@ -124,18 +133,34 @@ def make_params(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[Parameter]:
-    """Normally distributed parameters, the same on every device."""
+    """Normally distributed parameters, the same on every device; every second is 64 times smaller.
+
+    Of those, the same update is many more units in the last place.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     params = []
     for layout in layouts:
         memory = _random((layout.elements + layout.offset,), dtype, device, generator)
+        memory[1::2] *= 2.0**-6
         params.append(Parameter(memory[layout.offset :].view(layout.shape)))
     return params
 
 
 def random_grads(params: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Normally distributed gradients in the parameters' dtypes, from a generator on the CPU."""
-    return [_random(p.shape, p.dtype, p.device, generator) for p in params]
+    """Normally distributed gradients in the parameters' dtypes, from a generator on the CPU.
+
+    One in 16 is always zero, as those of an embedding's unused rows are, and one is small: beside
+    these, ``eps`` matters.
+    """
+    grads = []
+    for p in params:
+        grad = _random(p.shape, p.dtype, p.device, generator)
+        values = grad.view(-1)
+        values[5::16] = 0
+        for i, size in enumerate((1e-4, 1e-6, 1e-8)):
+            values[11 + 16 * i :: 48] *= size
+        grads.append(grad)
+    return grads
 
 
 def _random(
@@ -184,18 +209,21 @@ class Errors:
         largest: The largest, in the values' own unit.
         largest_ulp: The largest in units in the last place.
         largest_relative: The largest beside the reference's magnitude, where that is not zero.
-        size: The largest magnitude of the reference.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.largest = self.largest_ulp = self.largest_relative = self.size = 0.0
+        self.largest = self.largest_ulp = self.largest_relative = 0.0
         self._squares = self._drift = self._pull = self._nearest = 0.0
+        self._rounded = 0
         # How many have which upper half of a float32's bits: enough for a median.
         self._counts = torch.zeros(2**15, dtype=torch.int64, device="cpu")
 
-    def add(self, error: Tensor, reference: Tensor, unit: Tensor) -> None:
-        """More of them: signed errors, what they are errors of, and its ulp; flat, float64."""
+    def add(self, error: Tensor, reference: Tensor, unit: Tensor, lowest: float = 0) -> None:
+        """More of them: signed errors, what they are errors of, and its ulp; flat, float64.
+
+        Biases leave out what is less than ``lowest`` units.
+        """
         if not error.numel():
             return
         away = _distance(error)
@@ -208,27 +236,25 @@ class Errors:
         self.largest_relative = max(
             self.largest_relative, relative.max().item() if relative.numel() else 0.0
         )
-        self.size = max(self.size, reference.abs().max().item())
         self._squares += away.square().sum().item()
         # Near zero an error is many units: it counts, but as one.
         signed = (error / unit).clamp(-1, 1)
         nearest = (reference / unit).round() - reference / unit
+        some = reference.abs() >= lowest * unit
+        signed, nearest = signed[some], nearest[some]
+        self._rounded += len(signed)
         self._drift += signed.sum().item()
         self._pull += signed.dot(nearest).item()
         self._nearest += nearest.square().sum().item()
         self._counts += (in_ulp.float().view(torch.int32) >> 16).bincount(minlength=2**15).cpu()
 
-    @property
-    def median_ulp(self) -> float:
-        """The median in units in the last place, to half a percent."""
-        place = (2 * self._counts.cumsum(0) < self.count).sum().to(torch.int32)
+    def ulp_exceeded_by(self, share: float) -> float:
+        """What such a share of the errors exceeds, in ulp, to half a percent."""
+        place = int((self._counts.cumsum(0) < (1 - share) * self.count).sum())
+        if place >= _INFINITE:
+            return math.inf
         middle = 2**15 if place else 0  # between the first and the last with these bits
-        return ((place << 16) + middle).view(torch.float32).item()
-
-    @property
-    def mean_square(self) -> float:
-        """In the values' own unit, squared."""
-        return self._squares / self.count if self.count else 0.0
+        return torch.tensor((place << 16) + middle, dtype=torch.int32).view(torch.float32).item()
 
     @property
     def biases(self) -> tuple[float, float]:
@@ -240,7 +266,7 @@ class Errors:
         """
         half = 0.5  # a unit: the standard deviation of one rounding, at most
         return (
-            self._drift / (half * math.sqrt(self.count)) if self.count else 0.0,
+            self._drift / (half * math.sqrt(self._rounded)) if self._rounded else 0.0,
             self._pull / (half * math.sqrt(self._nearest)) if self._nearest else 0.0,
         )
 
@@ -248,11 +274,14 @@ class Errors:
         """The numbers."""
         return {
             "largest_ulp": self.largest_ulp,
-            "median_ulp": self.median_ulp,
+            **{f"{1 - share:.0%}_ulp": self.ulp_exceeded_by(share) for share in TAILS},
             "largest_relative": self.largest_relative,
             "largest": self.largest,
-            "root_mean_square": math.sqrt(self.mean_square),
+            "root_mean_square": math.sqrt(self._squares / self.count) if self.count else 0.0,
         }
+
+
+_INFINITE = 0x7F80  # the upper half of infinity's bits
 
 
 def _distance(error: Tensor) -> Tensor:
@@ -269,14 +298,14 @@ class Values:
         ours: Our errors.
         stock: Stock's.
         outliers: How many of ours are farther away than most may be.
-        beyond: How many of ours are farther away than any may be.
+        outside: Which of ours are outside of the bounds for all: their places.
     """
 
     kind: Kind
     ours: Errors
     stock: Errors
     outliers: int = 0
-    beyond: int = 0
+    outside: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -292,7 +321,8 @@ class Result:
         elements: Of all parameters.
         values: ``"weight"``, and the states by their names.
         counters_equal: Whether all step counters are stock's; None: stock has none.
-        differing: States with options that stock has not, that are not within torch's tolerances.
+        again: By name, how many values were outside of the bounds with other numbers, too; None:
+            none were outside.
         problems: Why it fails, a sentence each; empty when it passes.
     """
 
@@ -304,7 +334,7 @@ class Result:
     elements: int
     values: dict[str, Values] = field(default_factory=dict)
     counters_equal: bool | None = None
-    differing: set[str] = field(default_factory=set)
+    again: dict[str, int] | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -338,6 +368,8 @@ class Result:
             "values": {
                 name: {
                     "rounding": v.kind,
+                    "outside": len(v.outside),
+                    "outside_with_all_seeds": None if self.again is None else self.again[name],
                     "ours": v.ours.as_json(),
                     "stock": v.stock.as_json(),
                 }
@@ -375,6 +407,28 @@ def measure(
     Raises:
         ValueError: The optimizer refuses an option with this dtype.
     """
+    result = _measured(case, dtype, layouts, torch.device(device), steps, seed)
+    if any(values.outside for values in result.values.values()):
+        anew = [
+            _measured(case, dtype, layouts, torch.device(device), steps, seed + more)
+            for more in ANEW
+        ]
+        result.again = {
+            name: len(values.outside.intersection(*(other.values[name].outside for other in anew)))
+            for name, values in result.values.items()
+        }
+    _judge(result)
+    return result
+
+
+def _measured(
+    case: Case,
+    dtype: torch.dtype,
+    layouts: Sequence[Layout],
+    device: torch.device,
+    steps: int | None,
+    seed: int,
+) -> Result:
     options = case.pipeline
     hidden = options.get("weight_precision") in HIDDEN
     whole_run = hidden or (dtype not in HALF and options.get("state_dtype") is None)
@@ -386,10 +440,11 @@ def measure(
         steps = run_steps if whole_run else SINGLE_STEPS
     elements = sum(layout.elements for layout in layouts)
     result = Result(case, dtype, stock_dtype, steps, whole_run, elements)
+    first = 0
     with _reproducible(seed), _ours_alone(result), _threads(elements):
         for number, part in enumerate(_slices(layouts)):
-            _Trial(result, part, torch.device(device), seed + 1000 * number).run()
-    _judge(result)
+            _Trial(result, part, device, seed + 1000 * number, first).run()
+            first += 2 * sum(layout.elements for layout in part)
     return result
 
 
@@ -444,9 +499,15 @@ class _Trial:
     """Our optimizer, stock's and the reference on one slice."""
 
     def __init__(
-        self, result: Result, layouts: Sequence[Layout], device: torch.device, seed: int
+        self,
+        result: Result,
+        layouts: Sequence[Layout],
+        device: torch.device,
+        seed: int,
+        first: int,
     ) -> None:
         self.result = result
+        self.first = first  # the place of its first value among those of all slices
         case = result.case
         own = ("weight_precision", "state_dtype")  # which only say how ours are kept
         around = {n: v for n, v in case.pipeline.items() if n not in own}
@@ -467,7 +528,7 @@ class _Trial:
             if not self.result.whole_run:
                 self.record()
         if self.result.whole_run:
-            self.compare_with_stock()
+            self.compare_forms()
             self.record()
 
     def step(self) -> None:
@@ -497,17 +558,13 @@ class _Trial:
         saved = self.ours.state_dict()["state"]
         return [saved.get(i, {}) for i in range(len(self.params))]
 
-    def compare_with_stock(self) -> None:
-        """Torch's tolerances; and whether weights of 16 bits are what their whole ones round to."""
+    def compare_forms(self) -> None:
+        """Dtypes and shapes; and whether weights of 16 bits are what their whole ones round to."""
         weights = [whole(self.ours, p) for p in self.params]
         self._compare("weights", weights, [p.detach() for p in self.stock.params])
-        for mine, theirs in zip(self._our_state(), self._state(self.stock), strict=True):
-            if self.result.case.plain:
+        if self.result.case.plain:  # or ours also has counters, hidden parts, ...
+            for mine, theirs in zip(self._our_state(), self._state(self.stock), strict=True):
                 self._compare("state", as_stock_counts(mine, theirs), theirs)
-                continue
-            for name, value in theirs.items():  # ours also has counters, hidden parts, ...
-                if name != "step" and _difference(mine.get(name), value):
-                    self.result.differing.add(name)
         for param, weight in zip(self.params, weights, strict=True):
             if weight.dtype != param.dtype:
                 away = (param.detach().double() - weight.double()).abs()
@@ -515,7 +572,12 @@ class _Trial:
                     self.result.problems.append("a weight is not its whole weight, rounded")
 
     def _compare(self, what: str, mine: Any, theirs: Any) -> None:
-        if reason := _difference(mine, theirs):
+        try:  # all but the values, which are judged together
+            torch.testing.assert_close(
+                mine, theirs, rtol=0, atol=math.inf, equal_nan=True, check_stride=False
+            )
+        except AssertionError as error:
+            reason = "; ".join(line for line in str(error).splitlines() if line)
             self.result.problems.append(f"{what} differ from stock's: {reason}")
 
     def record(self) -> None:
@@ -546,19 +608,41 @@ class _Trial:
             self.result.values[name] = Values(kind, Errors(), Errors())
         values = self.result.values[name]
         unit = self._unit(reference, ours[0].dtype)
+        lowest = 0
         if kind == "random" and self.result.case.pipeline.get("state_dtype") == torch.uint8:
             unit = self._unit_of_codes(name, reference)
+            lowest = 8  # below, codes do not lie equally far apart, and no square becomes zero
+        # Where the result is nan or infinite, and ours is, there is nothing to measure.
+        known = ~((mine == reference) | (mine.isnan() & reference.isnan())) | reference.isfinite()
+        places = known.nonzero().flatten()
+        mine, theirs, reference, unit = (x[known] for x in (mine, theirs, reference, unit))
         error, stock_error = mine - reference, theirs - reference
-        values.ours.add(error, reference, unit)
+        values.ours.add(error, reference, unit, lowest)
         values.stock.add(stock_error, reference, unit)
-        if kind != "wide":
+        if kind == "wide":
+            # Infinite where stock's is: then ours may be.
+            close = (mine - theirs).abs() <= self._tolerance(theirs, ours[0].dtype)
+            near = error.abs() <= _distance(stock_error)
+            inside = close | near | (mine == theirs)
+        else:
             most, every = _REACH[kind]
             # Inputs are of size 1, but a clip's factor or a small root may have changed that.
-            size = 1.0 if self.result.case.plain else max(1.0, reference.abs().max().item())
+            size = (
+                1.0
+                if self.result.case.plain or not len(reference)
+                else (max(1.0, reference.abs().max().item()))
+            )
             resolution = torch.full_like(unit, 8 * torch.finfo(torch.float32).eps * size)
             bound = torch.stack([every * unit, _distance(stock_error), resolution]).amax(0)
-            values.beyond += int((~(error.abs() <= bound)).sum())
+            inside = error.abs() <= bound
             values.outliers += int((~(error.abs() <= most * unit)).sum())
+        values.outside.update((self.first + places[~inside]).tolist())
+
+    @staticmethod
+    def _tolerance(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Torch's, of a float64 copy of numbers of this dtype."""
+        rtol, atol = torch.testing._comparison.default_tolerances(dtype)
+        return atol + rtol * x.abs()
 
     def _kind(self, name: str, dtype: torch.dtype) -> Kind:
         options = self.result.case.pipeline
@@ -584,15 +668,6 @@ class _Trial:
         return ulp(x, info.eps, info.tiny)
 
 
-def _difference(mine: Any, theirs: Any) -> str:
-    """How two things differ by more than torch's tolerances; empty when they don't."""
-    try:
-        torch.testing.assert_close(mine, theirs)
-    except AssertionError as error:
-        return "; ".join(line for line in str(error).splitlines() if line)
-    return ""
-
-
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """All values in one row, in float64; of complex ones both parts."""
     row = torch.cat([t.detach().flatten() for t in tensors])
@@ -604,12 +679,18 @@ def _judge(result: Result) -> None:
     problems = result.problems
     for name, values in result.values.items():
         if values.kind == "wide":
-            if name == "weight" or not result.whole_run or name in result.differing:
-                problems += _judge_wide(result, name, values)
-        elif values.beyond:
+            problems += _judge_wide(result, name, values)
+        many = len(values.outside) > max(4, OUTSIDE * values.ours.count)
+        if many or (result.again and result.again[name]):
+            bounds = (
+                "within torch's tolerances of stock's, nor nearer to float64's"
+                if values.kind == "wide"
+                else "the float64 result, rounded"
+            )
             problems.append(
-                f"{name}: {values.beyond} of {values.ours.count} values are not the float64 "
-                f"result, rounded (largest error: {values.ours.largest_ulp:.3g} ulp)"
+                f"{name}: {len(values.outside)} of {values.ours.count} values are not {bounds} "
+                f"(largest error: {values.ours.largest_ulp:.3g} ulp"
+                + (")" if many else "), some with any numbers")
             )
         if values.kind == "random" and not max(map(abs, values.ours.biases)) <= 5:
             drift, pull = values.ours.biases
@@ -631,19 +712,21 @@ def _judge(result: Result) -> None:
 
 def _judge_wide(result: Result, name: str, values: Values) -> Iterator[str]:
     """As near to float64 as stock."""
-    if result.stock_is_exact:
-        if name in result.differing:
-            yield f"{name} differs from stock's by more than torch's tolerances"
-        return
     row = "complex" if result.dtype.is_complex else "real"
     if not result.case.plain:
         row = "pipeline" if name == "weight" else "state"
-    largest, mean = ALLOWANCES[row]
-    ours, stock = values.ours, values.stock
-    info = torch.finfo(torch.float32)
-    unit = ulp(torch.tensor(ours.size, device="cpu"), info.eps, info.tiny).item()
-    if not ours.largest <= largest * stock.largest + unit:
-        yield f"{name}: the largest error is {ours.largest:.3g}, stock's {stock.largest:.3g}"
-    mine, theirs = math.sqrt(ours.mean_square), math.sqrt(stock.mean_square)
-    if ours.count > FEW and not mine <= mean * theirs:
-        yield f"{name}: the root mean square error is {mine:.4g}, stock's {theirs:.4g}"
+    for share, exact in zip(TAILS, EXACT, strict=True):
+        beyond = values.ours.count * share
+        if beyond < 16:  # luck
+            continue
+        ours = values.ours.ulp_exceeded_by(share)
+        stock = values.stock.ulp_exceeded_by(share)
+        most = exact
+        if not result.stock_is_exact:
+            # A result that is rounded once is as near as can be.
+            most = max(0.51, stock * (ALLOWANCES[row] + STANDARD_ERRORS / math.sqrt(beyond)))
+        if not ours <= most:
+            yield (
+                f"{name}: {share:.0%} of the errors are above {ours:.3g} ulp, of stock's above "
+                f"{stock:.3g}; {most:.3g} are allowed"
+            )

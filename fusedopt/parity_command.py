@@ -19,6 +19,7 @@ import torch
 
 import fusedopt
 from fusedopt import models
+from fusedopt.bench.machine import cpu_model, free_bytes
 from fusedopt.cases import CASES, DTYPES, PIPELINE, Case
 from fusedopt.device import has_kernels
 from fusedopt.extension import build_info
@@ -38,8 +39,8 @@ MODEL_STEPS = 5
 SMALL = 2**16  # elements of a tensor that a model is taken to have as often as it has
 
 _DTYPES = {name_of(dtype): dtype for dtype in DTYPES}
-_HEAD = ("case", "dtype", "max ulp", "median", "stock max", "median", "max rel", "worst state",
-         "steps", "verdict")  # fmt: skip
+_HEAD = ("case", "dtype", "median", "99%", "max ulp", "stock's", "99%", "max ulp", "max rel",
+         "worst state", "steps", "verdict")  # fmt: skip
 
 
 def add_command(commands: Any) -> None:
@@ -51,10 +52,21 @@ def add_command(commands: Any) -> None:
         "when all rows pass, 1 when some fail, 2 when an argument is wrong.",
     )
     names = list(dict.fromkeys(case.name for case in CASES))
-    parser.add_argument("--optimizer", nargs="+", choices=names, help="default: all")
+    parser.add_argument(
+        "--optimizer",
+        nargs="+",
+        type=lambda text: next((name for name in names if name.lower() == text.lower()), text),
+        choices=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)} (default: all)",
+    )
     parser.add_argument("--case", metavar="TEXT", help="only cases with this text, e.g. amsgrad")
     parser.add_argument(
-        "--dtype", nargs="+", choices=_DTYPES, help="default: all; of a --model its own"
+        "--dtype",
+        nargs="+",
+        choices=_DTYPES,
+        metavar="NAME",
+        help=f"of {', '.join(_DTYPES)} (default: all; with --model its own, or float32)",
     )
     parser.add_argument("--device", type=_device, default="cpu", help="default: cpu")
     parser.add_argument(
@@ -159,40 +171,71 @@ def run(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
     rows = [(case, dtype) for case in cases for dtype in layouts if dtype in case.dtypes]
     if not rows:
         error("argument --dtype: none of these cases has such parameters")
+    needed, free = _bytes_needed(layouts), free_bytes(options.device)
+    if needed > free:
+        error(
+            f"argument {'--model' if options.model else '--shapes'}: that takes some "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        )
     if options.json is not None:
         try:
-            options.json.open("w").close()  # rather now than after a minute
+            existed = options.json.exists()
+            options.json.open("a").close()  # rather now than after a minute
+            if not existed:
+                options.json.unlink()
         except OSError as wrong:
-            error(f"argument --json: {wrong}")
+            error(f"argument --json: {options.json}: {wrong.strerror}")
 
     steps = options.steps or (MODEL_STEPS if options.model is not None else None)
     begin = time.monotonic()
-    results = []
-    with _Output(_HEAD, [[str(case), name_of(dtype)] for case, dtype in rows]) as output:
-        for case, dtype in rows:
-            result = _measure(
-                case, dtype, layouts[dtype], device=options.device, steps=steps, seed=options.seed
-            )
-            results.append(result)
-            output.row(cells(result))
+    results: list[Result] = []
+    try:
+        with _Output(_HEAD, [[str(case), name_of(dtype)] for case, dtype in rows]) as output:
+            for case, dtype in rows:
+                results.append(
+                    _measure(
+                        *(case, dtype, layouts[dtype]),
+                        device=options.device,
+                        steps=steps,
+                        seed=options.seed,
+                    )
+                )
+                output.row(cells(results[-1]))
+    except KeyboardInterrupt:
+        print("fusedopt parity: interrupted", file=sys.stderr)
     failed = sum(not result.passed for result in results)
     print(
-        f"{len(rows) - failed} of {len(rows)} pass: fusedopt {fusedopt.__version__} and torch "
-        f"{torch.__version__} on {options.device}, seed {options.seed}, "
-        f"{time.monotonic() - begin:.0f} s"
+        f"{len(results) - failed} of {len(results)} pass"
+        + ("" if len(results) == len(rows) else f" ({len(rows) - len(results)} not measured)")
+        + f": fusedopt {fusedopt.__version__} and torch {torch.__version__} on {options.device}, "
+        f"seed {options.seed}, {time.monotonic() - begin:.0f} s"
     )
     if options.json is not None:
         written = report(results, options.device, options.seed, options.model, layouts)
+        written["rows not measured"] = len(rows) - len(results)
         options.json.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
+    if len(results) < len(rows):
+        return 130  # as shells have it for an interrupt
     return 1 if failed else 0
+
+
+def _bytes_needed(layouts: dict[torch.dtype, list[Layout]]) -> int:
+    """Memory for the largest slice, roughly: three contestants and float64 copies of all."""
+    most = 0
+    for dtype, all_ in layouts.items():
+        largest = max((layout.elements + layout.offset for layout in all_), default=0)
+        total = sum(layout.elements + layout.offset for layout in all_)
+        most = max(most, max(largest, min(total, SLICE)) * (200 if dtype.is_complex else 100))
+    return most
 
 
 def _measure(case: Case, dtype: torch.dtype, layouts: Sequence[Layout], **how: Any) -> Result:
     """The result; an error is one, too: it belongs into a report."""
     try:
         return measure(case, dtype, layouts, **how)
-    except (RuntimeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        first = str(error).partition("\n")[0]  # C++'s go on with a stack
+        problem = f"{type(error).__name__}: {first}"
         return Result(case, dtype, dtype, 0, False, 0, problems=[problem])
 
 
@@ -206,10 +249,10 @@ def layouts_of(
 
     Args:
         model: The model.
-        dtypes: In which each parameter takes part; None: its own, or all if it has none.
+        dtypes: In which each parameter takes part; None: its own, or float32 if it has none.
     """
     if dtypes is None and model.dtypes is None:
-        dtypes = DTYPES
+        dtypes = [torch.float32]
     layouts: dict[torch.dtype, list[Layout]] = {dtype: [] for dtype in dtypes or ()}
     seen = set()
     for i, shape in enumerate(model.shapes):
@@ -233,17 +276,15 @@ def _cut(shape: models.Shape) -> models.Shape:
 
 def cells(result: Result) -> list[str]:
     """A result as a row of the table."""
-    numbers = ["-"] * 5
+    numbers = ["-"] * 7
     weight = result.values.get("weight")
     if weight is not None:
         ours, stock = weight.ours, weight.stock
         numbers = [
             f"{number:.3g}"
             for number in (
-                ours.largest_ulp,
-                ours.median_ulp,
-                stock.largest_ulp,
-                stock.median_ulp,
+                *(ours.ulp_exceeded_by(0.5), ours.ulp_exceeded_by(0.01), ours.largest_ulp),
+                *(stock.ulp_exceeded_by(0.5), stock.ulp_exceeded_by(0.01), stock.largest_ulp),
                 ours.largest_relative,
             )
         ]
@@ -266,7 +307,7 @@ class _Output:
 
     def __init__(self, head: Sequence[str], known: Sequence[Sequence[str]]) -> None:
         first = [max(len(row[i]) for row in [*known, head]) for i in range(len(known[0]))]
-        self._widths = [*first, *(8, 7, 9, 7, 8, 35, 6)]
+        self._widths = [*first, *(7, 7, 8, 7, 7, 8, 8, 35, 6)]
         self._head = head
         self._total = len(known)
         self._bar: Any = None
@@ -306,7 +347,7 @@ def report(
     layouts: dict[torch.dtype, list[Layout]],
 ) -> dict[str, Any]:
     """Everything that was measured and what with, for JSON: no inf and nan, but text."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     failed = sum(not result.passed for result in results)
     plain: dict[str, Any] = _plain(
         {
@@ -317,7 +358,8 @@ def report(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "device": str(device),
-            "device name": name or platform.machine(),
+            "device name": name,
+            "threads": torch.get_num_threads(),
             "seed": seed,
             "model": model,
             "shapes": {name_of(d): [str(one) for one in all_] for d, all_ in layouts.items()},

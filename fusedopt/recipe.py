@@ -107,7 +107,7 @@ class Recipe:
                     t, decay = self.updates[i], self.ema_decay
                     if self.ema_warmup:
                         decay = min(decay, (1 + t) / (10 + t))
-                    self.ema[i].mul_(decay).add_(param, alpha=1 - decay)
+                    self.ema[i].lerp_(param, 1 - decay)  # as torch.optim.swa_utils
 
     @torch.no_grad()
     def resume(self, ours: Any) -> None:

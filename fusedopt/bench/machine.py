@@ -40,7 +40,7 @@ def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[st
             **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
         },
         "device": device.type,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "isa": ISA,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # what ran here in the last minute
@@ -178,7 +178,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
