@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusedopt
 from fusedopt.bench import (
     BenchError,
     command,
@@ -576,6 +577,11 @@ def test_a_file_nested_too_deeply_is_refused(refused, tmp_path: Path) -> None:
     assert "not a JSON file of fusedopt bench" in refused("--from", str(tmp_path / "a.json"))
 
 
+def test_the_version() -> None:
+    done = run("-m", "fusedopt", "--version", path=os.pathsep.join(sys.path))
+    assert (done.returncode, done.stdout) == (0, f"fusedopt {fusedopt.__version__}\n")
+
+
 def test_every_contender_can_be_drawn(tmp_path: Path) -> None:
     (path,) = (BENCHMARKS / "results").glob("cpu-*.json")
     found = json.loads(path.read_text())
@@ -723,6 +729,86 @@ def test_committed_results_can_be_told_and_drawn(path: Path, tmp_path: Path) -> 
     report.write_csv(found, tmp_path / "out.csv")
     with pytest.raises(BenchError, match="no results to draw"):
         plot.draw({**found, "results": [], "scaling": []}, tmp_path / "out.png")
+
+
+def test_what_the_page_says_is_in_the_results() -> None:
+    """The numbers under "What it shows here", of which each is worked out from the results."""
+    root = BENCHMARKS.parent
+    page = " ".join((root / "docs" / "performance.md").read_text("utf-8").split())
+    found = json.loads((BENCHMARKS / "results" / "cpu-avx512-2-threads.json").read_text("utf-8"))
+    rows = {(row["optimizer"], row["case"]): row for row in found["results"]}
+
+    def times(*names: str, cases: tuple[str, ...]) -> list[float]:
+        """As long as ours, of all optimizers."""
+        told = [row["time_relative_to_ours"] for (_, case), row in rows.items() if case in cases]
+        return [row[name]["median"] for row in told for name in names if name in row]
+
+    def per_tensor(case: str) -> dict[str, float]:
+        """Microseconds with AdamW."""
+        row = rows["adamw", case]
+        return {n: c["ms"]["median"] * 1e3 / row["tensors"] for n, c in row["contenders"].items()}
+
+    def at(against: str, count: int, name: str) -> float:
+        """Microseconds on a curve."""
+        (point,) = (p for p in found["scaling"] if (p["against"], p["at"]) == (against, count))
+        return point["contenders"][name]["ms"]["median"] * 1e3
+
+    def span(values: list[float], digits: int) -> str:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    large = ("1x50M", "gpt2-124m", "resnet50")
+    assert f"torch's fused step ({span(times('fused', cases=large), 1)})" in page
+    assert f"DeepSpeed's ({span(times('DeepSpeed', cases=large), 1)})" in page
+    slow = times("for-loop", "foreach", cases=large)
+    assert min(slow) == rows["momentum", "resnet50"]["time_relative_to_ours"]["for-loop"]["median"]
+    assert max(slow) == rows["adamw", "gpt2-124m"]["time_relative_to_ours"]["foreach"]["median"]
+    assert (
+        f"{min(slow):.1f} times as long (momentum on ResNet-50, for-loop) to {max(slow):.1f}"
+        in page
+    )
+    assert not any("is faster than ours" in line for line in report.remarks(rows.values()))
+
+    few, many = per_tensor("1000x64"), per_tensor("10000x64")
+    others = ("for-loop", "foreach", "fused", "DeepSpeed")
+    cheapest, dearest = min(few[n] for n in others), max(few[n] for n in others)
+    assert f"{cheapest:.1f} to {dearest:.0f} microseconds with AdamW; we {few['ours']:.2f}" in page
+    assert f"{many['ours']:.1f} microseconds per tensor instead of {few['ours']:.2f}" in page
+    assert f"rise by {span([many[n] - few[n] for n in others], 1)} microseconds" in page
+    small = tuple({case for _, case in rows} - {*large})
+    assert f"takes {span(times('limit', cases=small), 2)} of our time" in page
+
+    groups, tensors = at("groups", 1000, "ours"), at("tensors", 1000, "ours")
+    assert f"take {groups / 1e3:.2f} ms where one group of 1000 takes {tensors / 1e3:.2f}" in page
+    assert f"to read, {(groups - tensors) / 1e3:.1f} microseconds" in page
+    fused = [at(against, 1000, "fused") / 1e3 for against in ("groups", "tensors")]
+    assert f"takes {fused[0]:.1f} ms instead of {fused[1]:.1f}" in page
+    fixed = [at("tensors", 1, "ours"), at("elements", 1000, "ours")]
+    best = [at("tensors", 1, "fused"), at("elements", 1000, "fused")]
+    assert {f"{value:.0f}" for value in fixed} == {"11"}
+    assert f"some 11 microseconds whatever the size (torch's best: {span(best, 0)})" in page
+    cached = (at("elements", 10**6, "ours") - fixed[1]) / 1e3  # nanoseconds for each
+    assert f"{cached:.2f} nanoseconds for each" in page
+    for count in (10**7, 10**8):
+        assert f"and {at('elements', count, 'ours') * 1e3 / count:.1f} once they come" in page
+    for count in (300, 1000, 3000):
+        assert at("tensors", count, "ours") / count == pytest.approx(tensors / 1000, rel=0.05)
+
+    slow_copies, fast_copies = [], []
+    for row in rows.values():
+        for rate in row["copy_gb_per_s"]:
+            (slow_copies if rate < 60 else fast_copies).append(rate)
+    assert f"at {span(slow_copies, 0)} GB/s most of the time and at {span(fast_copies, 0)}" in page
+
+
+def test_the_memory_that_documents_speak_of() -> None:
+    case = Case(MODELS["gpt2-124m"], OPTIMIZERS["adamw"])
+    names = [*contenders.TORCH, "ours", "limit"]  # as many as there are with DeepSpeed
+    gigabytes = f"{race.bytes_needed(case, names) / 1e9:.0f} GB"
+    for page in ("docs/performance.md", "benchmarks/README.md"):
+        assert f"minutes, {gigabytes}" in (BENCHMARKS.parent / page).read_text("utf-8")
+    assert max(m.elements for m in command.default_models("adamw", case.device)) == (
+        case.model.elements
+    )
 
 
 def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
