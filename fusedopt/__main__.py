@@ -29,6 +29,7 @@ def info() -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="fusedopt", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fusedopt {fusedopt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     commands.add_parser("info", help="versions, instruction set, threads, CUDA").set_defaults(
         run=lambda _: print(info())

@@ -10,9 +10,12 @@ import importlib
 import json
 import math
 import os
+import re
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,14 @@ class Model:
         shapes: One per parameter.
         dtypes: One per parameter; None: whatever one wants to try.
         group_each: A parameter group for each parameter, instead of one for all.
+        left_out: What else there was, in words; empty when that is nothing.
     """
 
     name: str
     shapes: tuple[Shape, ...]
     dtypes: tuple[torch.dtype, ...] | None = None
     group_each: bool = False
+    left_out: str = ""
 
     @property
     def elements(self) -> int:
@@ -123,11 +128,12 @@ def find(what: str) -> Model:
     """
     if what in MODELS:
         return MODELS[what]
-    path = Path(what)
-    if path.suffix == ".safetensors" or path.exists():
-        return from_file(path)
+    if os.path.exists(what) or what.endswith(".safetensors"):  # unlike Path's, takes any text
+        return from_file(what)
     if ":" in what:
         return from_factory(what)
+    if what.endswith(".py"):
+        raise ModelError(f"{what}: no such file; {_program_hint(what)}")
     raise ModelError(
         f"no model {what!r}: there is no such file, and no such name among {', '.join(MODELS)}; "
         "module:factory calls your own"
@@ -140,15 +146,23 @@ def from_file(path: Path | str) -> Model:
     Raises:
         ModelError: The file cannot be read, or has no tensors of floating-point numbers.
     """
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if path.suffix == ".py":
+        raise ModelError(f"{path}: a program; {_program_hint(path.name)}")
     read = _safetensors if path.suffix == ".safetensors" else _checkpoint
     return _model(path.name, read(path), f"{path}: has")
 
 
+def _program_hint(name: str) -> str:
+    return f"{name.removesuffix('.py')}:build calls its function build"
+
+
 def from_factory(what: str) -> Model:
     """A model from ``module:factory``, where the factory needs no arguments.
+
+    Instead of a factory it may be what a factory returns: a module, or parameters.
 
     Raises:
         ModelError: It cannot be imported or called, or returns nothing that has parameters.
@@ -158,69 +172,129 @@ def from_factory(what: str) -> Model:
     if here not in sys.path:  # as for `python -m`, also when run as a command
         sys.path.insert(0, here)
     try:
-        factory = importlib.import_module(module)
+        made: Any = importlib.import_module(module)
         for part in name.split("."):
-            factory = getattr(factory, part)
-        with torch.device("meta"):
-            made: Any = factory()  # type: ignore[operator]
-    except Exception as error:
-        raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
-    if isinstance(made, nn.Module):
-        made = list(made.parameters())
-    elif not isinstance(made, Mapping | Tensor):
-        try:
+            made = getattr(made, part)
+        if callable(made) and not isinstance(made, nn.Module):
+            with torch.device("meta"):
+                made = made()
+        if isinstance(made, nn.Module):
+            made = made.parameters()
+        if isinstance(made, Iterable) and not isinstance(made, Mapping | Tensor | str):
             made = list(made)
-        except TypeError:
-            raise ModelError(
-                f"{what}: returned {type(made).__name__}, which is no module and no parameters"
-            ) from None
-    return _model(what, [(t.shape, t.dtype) for t in _tensors(made)], f"{what}: returned")
+    except (Exception, SystemExit) as error:  # such as of a program that reads its arguments
+        where = _where(error)
+        raise ModelError(f"{what}: {type(error).__name__}: {error}{where}") from error
+    if not isinstance(made, Mapping | Tensor | list):
+        raise ModelError(
+            f"{what}: gives {type(made).__name__}, which is no module and no parameters"
+        )
+    tensors, _ = _tensors(made, what)
+    found = [
+        (t.shape, t.dtype if t.requires_grad else "frozen (requires_grad=False)") for t in tensors
+    ]
+    return _model(what, found, f"{what}: gives")
 
 
-def _model(name: str, found: list[tuple[Shape, torch.dtype]], what: str) -> Model:
-    # Buffers such as counters are not an optimizer's business.
-    found = [(tuple(shape), dtype) for shape, dtype in found if _is_trained(dtype)]
-    if not found:
-        raise ModelError(f"{what} no tensors of floating-point numbers")
-    return Model(name, tuple(s for s, _ in found), tuple(d for _, d in found))
+def _where(error: BaseException) -> str:
+    """The line of the user's file in which it came up, as far as there is one."""
+    not_theirs = (__file__, importlib.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in not_theirs and not frame.filename.startswith("<")
+    ]
+    theirs = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+
+
+def _model(name: str, found: Iterable[tuple[Shape, torch.dtype | str]], what: str) -> Model:
+    """Of what was found, each with its dtype, or why it takes no part, that which is trained."""
+    trained: list[tuple[Shape, torch.dtype]] = []
+    others: Counter[str] = Counter()
+    for shape, dtype in found:
+        if isinstance(dtype, torch.dtype) and _is_trained(dtype):
+            trained.append((tuple(shape), dtype))
+        else:  # buffers such as counters are not an optimizer's business
+            kind = str(dtype).removeprefix("torch.")
+            others[kind if kind.startswith("frozen") else f"of {kind}"] += 1
+    counts = [f"{count} {kind}" for kind, count in others.items()]
+    if counts:
+        first, _, kind = counts[0].partition(" ")
+        counts[0] = f"{first} tensor{'s' if int(first) > 1 else ''} {kind}"
+    left_out = ", ".join(counts)
+    if not trained:
+        only = f", only {left_out}" if left_out else ""
+        raise ModelError(f"{what} no tensors of floating-point numbers to train{only}")
+    return Model(name, tuple(s for s, _ in trained), tuple(d for _, d in trained), False, left_out)
 
 
 def _is_trained(dtype: torch.dtype) -> bool:
     return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors in a nesting of dicts and sequences; each once."""
-    seen: set[int] = set()
+def _tensors(tree: Any, what: str) -> tuple[list[Tensor], bool]:
+    """The tensors in a nesting of dicts and sequences, but for optimizers' states.
 
-    def walk(node: Any) -> Iterator[Tensor]:
+    Each memory counts once, however many names it has. Also returns whether there were optimizers'
+    states.
+    """
+    seen: dict[Any, Any] = {}  # keeps what it has seen, or others might get the same id
+    tensors: list[Tensor] = []
+    optimizers = False
+    ahead = [tree]
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node
         if isinstance(node, Tensor):
-            if id(node) not in seen:
-                seen.add(id(node))
-                yield node
+            if node.layout != torch.strided:
+                kind = str(node.layout).removeprefix("torch.")
+                raise ModelError(f"{what}: has a tensor that is not dense ({kind})")
+            # The address of the storage itself: on the meta device it has no data.
+            place = node.untyped_storage()._cdata, node.storage_offset(), node.numel()
+            if place not in seen:
+                seen[place] = node
+                tensors.append(node)
         elif isinstance(node, Mapping):
-            for value in node.values():
-                yield from walk(value)
+            if {"state", "param_groups"} <= node.keys():
+                optimizers = True
+            else:
+                ahead.extend(reversed(list(node.values())))
         elif isinstance(node, list | tuple):
-            for value in node:
-                yield from walk(value)
-
-    return walk(tree)
+            ahead.extend(reversed(node))
+    return tensors, optimizers
 
 
-def _checkpoint(path: Path) -> list[tuple[Shape, torch.dtype]]:
+def _checkpoint(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
     try:
         tree = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # it goes on with advice
-        raise ModelError(f"{path}: not a torch checkpoint of tensors ({reason})") from error
-    # With its optimizer, a checkpoint has each parameter's shape more than once.
+        raise ModelError(f"{path}: not a torch checkpoint of tensors{_why(error)}") from error
+    # Beside the model there may be another, such as an average of it.
     if isinstance(tree, Mapping):
         for key in ("model", "state_dict", "model_state_dict", "module"):
             if isinstance(tree.get(key), Mapping):
                 tree = tree[key]
                 break
-    return [(tuple(t.shape), t.dtype) for t in _tensors(tree)]
+    tensors, optimizers = _tensors(tree, str(path))
+    if optimizers and not tensors:
+        raise ModelError(f"{path}: holds an optimizer's state, and no model")
+    return [(t.shape, t.dtype) for t in tensors]
+
+
+def _why(error: Exception) -> str:
+    """What torch.load's many words come down to."""
+    unknown = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if unknown:
+        return (
+            f", as it holds a {unknown[1]}: save model.state_dict(), or use module:factory, which "
+            "builds the model"
+        )
+    if isinstance(error, OSError):
+        return f" ({error.strerror})"
+    return ""
 
 
 # The names of safetensors' header (its format: 8 bytes of length, then JSON).
@@ -233,17 +307,24 @@ _SAFETENSORS = {
 }
 
 
-def _safetensors(path: Path) -> list[tuple[Shape, torch.dtype]]:
+def _safetensors(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if 8 + length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            sizes = entry["shape"]
+            if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
+                raise ValueError(f"{name!r} has the shape {sizes!r}")
         return [
-            (tuple(entry["shape"]), _SAFETENSORS.get(entry["dtype"], torch.int8))
-            for name, entry in header.items()
-            if name != "__metadata__"
+            (tuple(entry["shape"]), _SAFETENSORS.get(entry["dtype"], str(entry["dtype"])))
+            for entry in header.values()
         ]
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, struct.error, ValueError, KeyError, TypeError, AttributeError),
+        RecursionError,
+    ) as error:
         raise ModelError(f"{path}: not a safetensors file ({error})") from error

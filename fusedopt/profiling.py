@@ -31,10 +31,14 @@ class StepTimer:
     return, and that of the device, by events, which nobody waits for until one asks.
 
     An iteration is what lies between the ends of two steps. The first step only starts the clock:
-    it creates the optimizer's state.
+    it creates the optimizer's state. A block after a step belongs to the next one's iteration.
+    ``step(closure)`` counts as a whole, with the forward and backward passes of the closure.
 
     Args:
         optimizer: Whose steps to time. :meth:`close` lets go of it.
+
+    Raises:
+        TypeError: It is no ``torch.optim.Optimizer``.
 
     Example::
 
@@ -48,11 +52,15 @@ class StepTimer:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer: {optimizer!r}")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         types = {p.device.type for p in params} - {"cpu", "meta"}
         self._event_type = torch.get_device_module(types.pop()).Event if types else None
         self._begun: float | None = None
         self._begun_event: Any = None
+        # What began and ended, first in the iteration that goes on, then in those that are over.
+        self._pending: list[tuple[Any, Any]] = []
         self._pairs: deque[tuple[Any, Any]] = deque()
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._begin()),
@@ -64,7 +72,8 @@ class StepTimer:
     def reset(self) -> None:
         """Forget what was measured; the next step starts the clock."""
         self.steps = 0
-        self._host = self._device = 0.0
+        self._host = self._host_pending = self._device = 0.0
+        self._pending.clear()
         self._pairs.clear()
         self._first: float | None = None
         self._last = 0.0
@@ -104,14 +113,11 @@ class StepTimer:
 
     def _end(self) -> float:
         end = time.perf_counter()
-        if self._begun is None or self._first is None:  # the clock does not run yet
-            return end
-        self._host += end - self._begun
-        self._begun = None
-        if self._event_type is not None:
-            self._pairs.append((self._begun_event, self._event()))
-            while self._pairs and self._pairs[0][1].query():  # done already: keep few of them
-                self._add(*self._pairs.popleft())
+        if self._begun is not None:
+            self._host_pending += end - self._begun
+            self._begun = None
+            if self._event_type is not None:
+                self._pending.append((self._begun_event, self._event()))
         return end
 
     def _add(self, begin: Any, end: Any) -> None:
@@ -119,11 +125,17 @@ class StepTimer:
 
     def _end_step(self) -> None:
         self._last = self._end()
-        self._last_event = self._pairs[-1][1] if self._pairs else self._event()
+        self._last_event = self._pending[-1][1] if self._pending else self._event()
         if self._first is None:
             self._first, self._first_event = self._last, self._last_event
         else:
             self.steps += 1
+            self._host += self._host_pending
+            self._pairs.extend(self._pending)
+            while self._pairs and self._pairs[0][1].query():  # done already: keep few of them
+                self._add(*self._pairs.popleft())
+        self._host_pending = 0.0
+        self._pending.clear()
 
     def _settle(self) -> None:
         """Wait for the device, as far as it has something to tell."""
@@ -163,6 +175,10 @@ class StepTimer:
         """
         device = self.device_step_seconds
         return (self.step_seconds if device is None else device) / self.iteration_seconds
+
+    def __repr__(self) -> str:
+        """Unlike ``str()``, waits for nothing."""
+        return f"<StepTimer of {self._name}: {self.steps} steps>"
 
     def __str__(self) -> str:
         """One line."""

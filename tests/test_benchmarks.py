@@ -17,7 +17,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedopt.bench import BenchError, command, contenders, machine, measure, plot, race, report
+import fusedopt
+from fusedopt.bench import (
+    BenchError,
+    command,
+    contenders,
+    machine,
+    measure,
+    memory,
+    plot,
+    race,
+    report,
+)
 from fusedopt.bench.contenders import CONTENDERS, OPTIMIZERS, Case, Gradients, Peer
 from fusedopt.models import MODELS, Model
 
@@ -338,13 +349,13 @@ def refused(capsys: pytest.CaptureFixture[str]):
     return run
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, path: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({"PYTHONPATH": path} if path else {})},
     )
 
 
@@ -411,13 +422,37 @@ def test_the_largest_case_is_also_measured_for_memory(bench, tmp_path: Path) -> 
     (row,) = json.loads(out.read_text())["results"]
     assert (row["case"], row["elements"]) == ("mine:net", 900)
     assert row["contenders"].keys() == {"foreach", "ours"}  # without which there are no ratios
-    assert all(found["extra_bytes"] >= 0 for found in row["contenders"].values())
+    assert all("extra_bytes" in found for found in row["contenders"].values())
+
+
+def test_memory_that_a_step_takes() -> None:
+    case = Case(Model("m", 8 * ((500_000,),)), OPTIMIZERS["adamw"])
+    # One temporary for each parameter, all at once.
+    assert memory.step_bytes(case, "foreach") == pytest.approx(case.bytes_of_parameters, rel=0.5)
+    assert memory.step_bytes(case, "ours") < case.bytes_of_parameters / 10
+    with pytest.raises(RuntimeError, match="has no rmsprop"):
+        memory.step_bytes(Case(SMALL, OPTIMIZERS["rmsprop"]), "DeepSpeed")
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begun')\n"
+        "from fusedopt.bench import command\n"
+        "command.main('--model 1000x64 --optimizer sgd --contender ours --rounds 2'.split())\n"
+    )
+    done = run(str(script), path=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+    assert done.stdout.count("extra MB") == 1
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  ours "))
+    assert len(line.split()) == 6  # the last is the memory
 
 
 def test_dtype_and_rounds(bench, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     bench(
-        *("--model", "1000x64", "--optimizer", "adamw", "--contender", "foreach", "limit"),
+        *("--model", "1000x64", "--optimizer", "AdamW", "--contender", "foreach", "limit"),
         *("--quick", "--dtype", "bfloat16", "--json", str(out)),
         *("--passes", "2", "--rounds", "3", "--budget", "9"),
     )
@@ -458,24 +493,110 @@ def test_curves_are_as_long_as_they_should_be() -> None:
     assert all(model.group_each for model in race.curves()["groups"])
 
 
-def test_results_are_written_after_each_case(
-    bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("models", [("1000x64", "1000x64-groups"), ("1000x64", "3000x3500", "x")])
+def test_ctrl_c_leaves_what_was_measured(
+    models: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
 ) -> None:
-    measured = []
+    """In the second pass, or, with three models, in the first, when no table is there yet."""
+    calls = []
 
-    def measure_once(case: Case, *args: Any, **options: Any) -> Any:
-        if measured:
+    def measure_twice(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 2:
             raise KeyboardInterrupt
-        measured.append(case)
-        return real(case, *args, **options)
+        return real(*args, **options)
 
     real = race.measure
-    monkeypatch.setattr(race, "measure", measure_once)
-    out = tmp_path / "out.json"
-    with pytest.raises(KeyboardInterrupt):
-        bench("--quick", "--contender", "ours", "--optimizer", "sgd", "--json", str(out))
-    (row,) = json.loads(out.read_text())["results"]
-    assert row["case"] == measured[0].model.name
+    monkeypatch.setattr(race, "measure", measure_twice)
+    monkeypatch.setitem(MODELS, "x", SMALL)
+    out, image = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = [
+        *("--quick", "--passes", "2", "--contender", "ours", "--optimizer", "sgd"),
+        *("--model", *models, "--json", str(out), "--plot", str(image)),
+    ]
+    with pytest.raises(SystemExit) as error:
+        command.main(arguments)
+    assert error.value.code == 130
+    printed = capsys.readouterr()
+    sentence = f"fusedopt bench: interrupted; what was measured is in {out}, {image}"
+    assert printed.err.splitlines()[-1] == sentence
+    tables = printed.out.partition("interrupted; what was measured:")[2]
+    assert [row["case"] for row in json.loads(out.read_text())["results"]] == list(models[:2])
+    assert all(tables.count(f"\n{model} (") == 1 for model in models[:2])
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "environment", stop)
+    with pytest.raises(SystemExit) as error:
+        command.main(["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")])
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "fusedopt bench: interrupted; nothing was measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_tried_before(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("measured before")
+
+    monkeypatch.setattr(command, "_measure", fail)
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    new = tmp_path / "new.csv"
+    for name in ("--json", "--csv", "--plot"):
+        sentence = refused("--json", str(there), "--csv", str(new), name, "/proc/out.png")
+        assert sentence == "/proc/out.png: No such file or directory"
+    assert there.read_text() == "mine"
+    assert not new.exists()
+
+
+KEYS_TO_LOSE = ["tensors", "bytes_per_step", "absent", "time_relative_to_ours", "elements"]
+
+
+@pytest.mark.parametrize("key", KEYS_TO_LOSE)
+def test_files_whose_rows_lack_something_are_refused(key: str, refused, tmp_path: Path) -> None:
+    (path,) = (BENCHMARKS / "results").glob("cpu-*.json")
+    found = json.loads(path.read_text())
+    del found["results"][-1][key]
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    sentence = refused("--from", str(tmp_path / "a.json"))
+    assert sentence.endswith(f"not a JSON file of fusedopt bench (KeyError: '{key}')")
+
+
+def test_a_file_nested_too_deeply_is_refused(refused, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(100_000 * "[")
+    assert "not a JSON file of fusedopt bench" in refused("--from", str(tmp_path / "a.json"))
+
+
+def test_the_version() -> None:
+    done = run("-m", "fusedopt", "--version", path=os.pathsep.join(sys.path))
+    assert (done.returncode, done.stdout) == (0, f"fusedopt {fusedopt.__version__}\n")
+
+
+def test_every_contender_can_be_drawn(tmp_path: Path) -> None:
+    (path,) = (BENCHMARKS / "results").glob("cpu-*.json")
+    found = json.loads(path.read_text())
+    row = found["results"][0]
+    row["contenders"] = {name: row["contenders"]["ours"] for name in CONTENDERS}
+    plot.draw({**found, "results": [row], "scaling": []}, tmp_path / "out.svg")
+    colors = [plot._COLORS[name] for name in CONTENDERS if name not in ("ours", "limit")]
+    assert len({*colors, plot._OURS}) == len(CONTENDERS) - 1
+
+
+def test_what_a_model_leaves_out_is_told(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "x", Model("x", ((64,),), left_out="1 tensor of F8_E4M3"))
+    printed = bench("--quick", "--model", "x", "--optimizer", "sgd", "--contender", "ours")
+    assert "\nx (1 tensor, 64 elements of float32): " in printed
+    assert "\n  left out: 1 tensor of F8_E4M3\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -495,8 +616,8 @@ def test_results_are_written_after_each_case(
         ("--rounds many", "'many' is no number from 2 on"),
         ("--budget nan", "'nan' is no positive number of seconds"),
         ("--budget -1", "'-1' is no positive number of seconds"),
-        ("--json gone/out.json", "gone/out.json: no such folder"),
-        ("--csv .", ".: a folder"),
+        ("--json gone/out.json", "gone/out.json: No such file or directory"),
+        ("--csv .", ".: Is a directory"),
         ("--plot out.nonsense", "out.nonsense: plots are"),
         ("--from gone.json", "gone.json: No such file"),
         ("--from pyproject.toml", "pyproject.toml: not a JSON file of fusedopt bench"),
@@ -558,9 +679,22 @@ def test_faster_peers_are_named(high: float) -> None:
 
 def test_a_machine_that_changed_is_told() -> None:
     rows = [{"copy_gb_per_s": [rate, 61.0]} for rate in (60.0, 105.0, 62.0)]
-    (line,) = report.drift(rows)
+    (line,) = report.doubts({"results": rows, "load_average": 0.1})
     assert "60 to 105 GB/s" in line
-    assert not list(report.drift([{}, *rows[::2]]))
+    assert not list(report.doubts({"results": [{}, *rows[::2]], "load_average": 0.1}))
+
+
+def test_a_busy_machine_is_told(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"results": [], "load_average": 2.01}
+    assert not list(report.doubts({**told, "cpus": 5}))
+    assert not list(report.doubts(told))  # older files have no number of processors
+    (line,) = report.doubts({**told, "cpus": 4})
+    assert "2.01 on 4 processors" in line
+    assert "not to be relied on" in line
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    printed = bench("--quick", "--model", "1000x64", "--optimizer", "sgd", "--contender", "ours")
+    assert "9.00 on 3 processors" in printed.splitlines()[-1]
 
 
 def test_the_table_of_a_gpu_has_more_columns() -> None:
@@ -595,6 +729,86 @@ def test_committed_results_can_be_told_and_drawn(path: Path, tmp_path: Path) -> 
     report.write_csv(found, tmp_path / "out.csv")
     with pytest.raises(BenchError, match="no results to draw"):
         plot.draw({**found, "results": [], "scaling": []}, tmp_path / "out.png")
+
+
+def test_what_the_page_says_is_in_the_results() -> None:
+    """The numbers under "What it shows here", of which each is worked out from the results."""
+    root = BENCHMARKS.parent
+    page = " ".join((root / "docs" / "performance.md").read_text("utf-8").split())
+    found = json.loads((BENCHMARKS / "results" / "cpu-avx512-2-threads.json").read_text("utf-8"))
+    rows = {(row["optimizer"], row["case"]): row for row in found["results"]}
+
+    def times(*names: str, cases: tuple[str, ...]) -> list[float]:
+        """As long as ours, of all optimizers."""
+        told = [row["time_relative_to_ours"] for (_, case), row in rows.items() if case in cases]
+        return [row[name]["median"] for row in told for name in names if name in row]
+
+    def per_tensor(case: str) -> dict[str, float]:
+        """Microseconds with AdamW."""
+        row = rows["adamw", case]
+        return {n: c["ms"]["median"] * 1e3 / row["tensors"] for n, c in row["contenders"].items()}
+
+    def at(against: str, count: int, name: str) -> float:
+        """Microseconds on a curve."""
+        (point,) = (p for p in found["scaling"] if (p["against"], p["at"]) == (against, count))
+        return point["contenders"][name]["ms"]["median"] * 1e3
+
+    def span(values: list[float], digits: int) -> str:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    large = ("1x50M", "gpt2-124m", "resnet50")
+    assert f"torch's fused step ({span(times('fused', cases=large), 1)})" in page
+    assert f"DeepSpeed's ({span(times('DeepSpeed', cases=large), 1)})" in page
+    slow = times("for-loop", "foreach", cases=large)
+    assert min(slow) == rows["momentum", "resnet50"]["time_relative_to_ours"]["for-loop"]["median"]
+    assert max(slow) == rows["adamw", "gpt2-124m"]["time_relative_to_ours"]["foreach"]["median"]
+    assert (
+        f"{min(slow):.1f} times as long (momentum on ResNet-50, for-loop) to {max(slow):.1f}"
+        in page
+    )
+    assert not any("is faster than ours" in line for line in report.remarks(rows.values()))
+
+    few, many = per_tensor("1000x64"), per_tensor("10000x64")
+    others = ("for-loop", "foreach", "fused", "DeepSpeed")
+    cheapest, dearest = min(few[n] for n in others), max(few[n] for n in others)
+    assert f"{cheapest:.1f} to {dearest:.0f} microseconds with AdamW; we {few['ours']:.2f}" in page
+    assert f"{many['ours']:.1f} microseconds per tensor instead of {few['ours']:.2f}" in page
+    assert f"rise by {span([many[n] - few[n] for n in others], 1)} microseconds" in page
+    small = tuple({case for _, case in rows} - {*large})
+    assert f"takes {span(times('limit', cases=small), 2)} of our time" in page
+
+    groups, tensors = at("groups", 1000, "ours"), at("tensors", 1000, "ours")
+    assert f"take {groups / 1e3:.2f} ms where one group of 1000 takes {tensors / 1e3:.2f}" in page
+    assert f"to read, {(groups - tensors) / 1e3:.1f} microseconds" in page
+    fused = [at(against, 1000, "fused") / 1e3 for against in ("groups", "tensors")]
+    assert f"takes {fused[0]:.1f} ms instead of {fused[1]:.1f}" in page
+    fixed = [at("tensors", 1, "ours"), at("elements", 1000, "ours")]
+    best = [at("tensors", 1, "fused"), at("elements", 1000, "fused")]
+    assert {f"{value:.0f}" for value in fixed} == {"11"}
+    assert f"some 11 microseconds whatever the size (torch's best: {span(best, 0)})" in page
+    cached = (at("elements", 10**6, "ours") - fixed[1]) / 1e3  # nanoseconds for each
+    assert f"{cached:.2f} nanoseconds for each" in page
+    for count in (10**7, 10**8):
+        assert f"and {at('elements', count, 'ours') * 1e3 / count:.1f} once they come" in page
+    for count in (300, 1000, 3000):
+        assert at("tensors", count, "ours") / count == pytest.approx(tensors / 1000, rel=0.05)
+
+    slow_copies, fast_copies = [], []
+    for row in rows.values():
+        for rate in row["copy_gb_per_s"]:
+            (slow_copies if rate < 60 else fast_copies).append(rate)
+    assert f"at {span(slow_copies, 0)} GB/s most of the time and at {span(fast_copies, 0)}" in page
+
+
+def test_the_memory_that_documents_speak_of() -> None:
+    case = Case(MODELS["gpt2-124m"], OPTIMIZERS["adamw"])
+    names = [*contenders.TORCH, "ours", "limit"]  # as many as there are with DeepSpeed
+    gigabytes = f"{race.bytes_needed(case, names) / 1e9:.0f} GB"
+    for page in ("docs/performance.md", "benchmarks/README.md"):
+        assert f"minutes, {gigabytes}" in (BENCHMARKS.parent / page).read_text("utf-8")
+    assert max(m.elements for m in command.default_models("adamw", case.device)) == (
+        case.model.elements
+    )
 
 
 def test_pipeline_measures_every_suite(tmp_path: Path) -> None:

@@ -98,6 +98,30 @@ def test_share(slow: SlowSGD) -> None:
     assert str(timer) == "SlowSGD: 375.000 ms of 1250.000 ms per iteration, 30.0%, over 2 steps"
 
 
+def test_a_block_after_the_last_step_is_of_the_next_one(slow: SlowSGD) -> None:
+    timer = StepTimer(slow)
+    for _ in range(3):
+        slow.clock.now += 0.25
+        slow.step()
+        assert timer.steps == 0 or timer.share == 0.75
+        with timer.timing():
+            slow.clock.now += 0.5
+    assert timer.steps == 2
+    assert timer.iteration_seconds == 1.0
+    assert timer.share == 0.75
+
+
+@pytest.mark.parametrize("wrong", ["x", torch.nn.Linear(2, 2, device="cpu"), None])
+def test_only_optimizers_are_timed(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^optimizer must be a torch\.optim\.Optimizer: "):
+        StepTimer(wrong)
+
+
+def test_repr(slow: SlowSGD) -> None:
+    timer = StepTimer(slow)
+    assert repr(timer) == "<StepTimer of SlowSGD: 0 steps>"
+
+
 def test_reset_and_close(slow: SlowSGD) -> None:
     with StepTimer(slow) as timer:
         for _ in range(3):

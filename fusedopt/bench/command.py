@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -71,6 +72,7 @@ def add_command(commands: Any) -> None:
         "--optimizer",
         nargs="+",
         action="extend",
+        type=str.lower,
         choices=OPTIMIZERS,
         help=f"of {', '.join(OPTIMIZERS)} (default: all but adam)",
         metavar="NAME",
@@ -141,19 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line says; exits with 2 when that cannot be done."""
+    """Do what the command line says.
+
+    Exits with 2 when that cannot be done, and with 130 when Ctrl-C has ended it.
+    """
     try:
         if options.plot is not None:
             plot.require(options.plot)
         for path in (options.json, options.csv, options.plot):
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise BenchError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}")
+            if path is not None:
+                _see_whether_writable(path)
         if options.source is not None:
             found = report.load(options.source)
             print(describe(found), *report.tables(found), sep="\n")
             _write(found, options)
         else:
-            found = _measure(options)
+            found = {}
+            try:
+                _measure(options, found)
+            except KeyboardInterrupt:
+                _end_early(found, options)
         if options.plot is not None:
             plot.draw(found, options.plot)
     except (BenchError, ModelError) as error:
@@ -161,7 +170,33 @@ def run(options: argparse.Namespace) -> None:
         raise SystemExit(2) from error
 
 
-def _measure(options: argparse.Namespace) -> dict[str, Any]:
+def _see_whether_writable(path: Path) -> None:
+    """Before hours of measuring. Leaves a file as it is, and none where there was none."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from error
+
+
+def _end_early(found: dict[str, Any], options: argparse.Namespace) -> NoReturn:
+    """Tell what was measured until now, all of it, whatever has been printed already."""
+    if found.get("results") or found.get("scaling"):
+        print("\ninterrupted; what was measured:", *report.tables(found), sep="\n", flush=True)
+        _write(found, options)  # it may have been cut short
+        if options.plot is not None:
+            plot.draw(found, options.plot)
+        files = [str(path) for path in (options.json, options.csv, options.plot) if path]
+        where = f"what was measured is in {', '.join(files)}" if files else "there is no --json"
+    else:
+        where = "nothing was measured"
+    print(f"fusedopt bench: interrupted; {where}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def _measure(options: argparse.Namespace, found: dict[str, Any]) -> None:
     device = _device(options.device)
     names = _contenders(options.contender)
     effort = QUICK if options.quick else EFFORT
@@ -171,18 +206,20 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         options.budget or effort.budget,
     )
     packages = tuple(dict.fromkeys(peer.package for peer in PEERS))
-    found: dict[str, Any] = {**environment(device, packages), "results": []}
+    found.update(environment(device, packages), results=[])
     print(describe(found), flush=True)  # peers may have to be compiled before anything else
     cases, too_large = _cases(options, device, names)
     for line in too_large:
         print(line)
 
-    _measure_cases(cases, options, device, names, effort, found)
+    with _bar(effort.passes * len(cases)) as bar:
+        _measure_cases(cases, options, device, names, effort, found, bar)
     if options.scaling:
         found["scaling"] = []
         for optimizer in options.optimizer or DEFAULT_OPTIMIZERS[:1]:
             _measure_curves(OPTIMIZERS[optimizer], options, device, names, effort, found)
-    return found
+    for line in report.doubts(found):
+        print(line)
 
 
 def _measure_cases(
@@ -192,8 +229,8 @@ def _measure_cases(
     names: list[str],
     effort: race.Effort,
     found: dict[str, Any],
+    bar: Any,
 ) -> None:
-    bar = _bar(effort.passes * len(cases))
     say = bar.write if bar else functools.partial(print, flush=True)
     measured: list[list[race.Measured]] = [[] for _ in cases]
     rows: dict[int, report.Row] = {}
@@ -221,10 +258,6 @@ def _measure_cases(
             if last:
                 for line in report.remarks([rows[i] for i in mine]):
                     say(line)
-    for line in report.drift(rows.values()):
-        say(line)
-    if bar:
-        bar.close()
 
 
 def _measure_curves(
@@ -327,13 +360,13 @@ def _seconds(text: str) -> float:
 
 
 def _bar(total: int) -> Any:
-    """A progress bar, where there is somebody to see it and tqdm to draw it; or None."""
+    """A progress bar, where there is somebody to see it and tqdm to draw it; or None, to enter."""
     if not sys.stderr.isatty():
-        return None
+        return contextlib.nullcontext()
     try:
         return importlib.import_module("tqdm").tqdm(total=total, leave=False, unit="case")
     except ImportError:
-        return None
+        return contextlib.nullcontext()
 
 
 def _write(found: dict[str, Any], options: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[st
         "isa": ISA,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # what ran here in the last minute
+        "cpus": os.cpu_count(),  # the machine's, as the load is; not only those we may use
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 from fusedopt.bench.contenders import CONTENDERS, Case, Gradients
@@ -13,10 +15,21 @@ def step_bytes(case: Case, contender: str) -> int:
     """Bytes by which the memory in use rises during a step, measured in a new process.
 
     In a new one, because memory that an earlier contender gave back to the allocator, but the
-    allocator not to the system, would hide what this one takes.
+    allocator not to the system, would hide what this one takes. And not in one of
+    ``multiprocessing``, which would run the caller's own script again.
+
+    Raises:
+        RuntimeError: It could not be measured.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measure, case, contender).result()
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=pickle.dumps((case, contender)),
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode(errors="replace").strip())
+    return int(done.stdout.split()[-1])  # libraries may have printed something before
 
 
 def _measure(case: Case, contender: str) -> int:
@@ -37,3 +50,7 @@ def _status(field: str) -> int:
         if name == field:
             return 1024 * int(value.split()[0])
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    print(_measure(*pickle.load(sys.stdin.buffer)))

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OURS = "#d62728"
-_OTHERS = ("#c6dbef", "#9ecae1", "#4292c6", "#08519c", "#74c476", "#238b45", "#fdae6b", "#9e9ac8")
-_COLORS = dict(zip((n for n in CONTENDERS if n not in ("ours", "limit")), _OTHERS, strict=False))
+_OTHERS = (
+    *("#c6dbef", "#9ecae1", "#4292c6", "#08519c", "#74c476", "#238b45", "#fdae6b", "#9e9ac8"),
+    "#8c6d31",
+)
+_COLORS = dict(zip((n for n in CONTENDERS if n not in ("ours", "limit")), _OTHERS, strict=True))
 
 
 def require(path: Path) -> None:
@@ -100,6 +103,7 @@ def _draw_bars(axes: Axes, optimizer: str, rows: list[Row]) -> None:
 
 
 def _draw_curve(axes: Axes, optimizer: str, rows: list[Row]) -> None:
+    against = rows[0]["against"]
     for title, color in (("ours", _OURS), (BEST, _COLORS["fused"])):
         found = [
             (row["at"], row["contenders"][name]["ms"])
@@ -117,7 +121,7 @@ def _draw_curve(axes: Axes, optimizer: str, rows: list[Row]) -> None:
             "elements": "elements of one tensor",
             "tensors": "tensors of 64 elements",
             "groups": "groups of one tensor of 64 elements",
-        }[rows[0]["against"]]
+        }.get(against, str(against))
     )
     axes.set_ylabel("milliseconds per step")
     axes.set_title(optimizer, fontsize=10)

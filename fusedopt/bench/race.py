@@ -144,6 +144,7 @@ def result(
         "tensors": len(case.model.shapes),
         "groups": len(case.model.shapes) if case.model.group_each else 1,
         "elements": case.model.elements,
+        "left_out": case.model.left_out,
         "bytes_per_step": moved,
         "copy_gb_per_s": [found.copied / 1e9 for found in passes],
         "contenders": {

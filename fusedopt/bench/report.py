@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from fusedopt.bench.race import BEST
 Row = dict[str, Any]
 
 DRIFT = 1.2  # memory that is so many times as fast as before is another machine's
+# A step takes all processors it may use, and each of its barriers waits for the slowest: where
+# others ran on half of them, one of two threads had to share.
+BUSY = 0.5
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -26,13 +30,16 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(path.read_text())
-        describe(report)
+        _ = describe(report), report["versions"]["fusedopt"]
         for row in [*report["results"], *report.get("scaling", [])]:
-            _ = row["case"], row["optimizer"], row["contenders"]["ours"]["ms"]["median"]
+            _ = row["contenders"]["ours"]
+        _ = list(tables(report)), list(_csv_lines(report))  # what else is missing shows there
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{path}: not a JSON file of fusedopt bench") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BenchError(
+            f"{path}: not a JSON file of fusedopt bench ({type(error).__name__}: {error})"
+        ) from error
     found: dict[str, Any] = report
     return found
 
@@ -64,12 +71,12 @@ def block(row: Row) -> str:
     """A case, a line for each of its contenders."""
     tensors = f"{row['tensors']} tensor{'s' if row['tensors'] > 1 else ''}"
     dtype = f" of {row['dtype']}" if "dtype" in row else ""
-    size = f"{tensors}, {_short(row['elements'])} elements{dtype}"
+    size = f"{tensors}, {_short(row['elements']).strip()} elements{dtype}"
     title = f"{label(row)} ({size}): a step moves {_short(row['bytes_per_step'])}B"
     if "copy_gb_per_s" in row:
         rates = (f"{rate:.0f}" for rate in row["copy_gb_per_s"])
         title += f"; a copy runs at {', '.join(rates)} GB/s"
-    lines = [title]
+    lines = [title, *([f"  left out: {row['left_out']}"] if row.get("left_out") else [])]
     for name, found in row["contenders"].items():
         cells = {"step, ms": _spread(found["ms"], 3), "GB/s": f"{found['gb_per_s']:.1f}"}
         if name in row["time_relative_to_ours"]:
@@ -101,9 +108,15 @@ def remarks(rows: Iterable[Row]) -> Iterator[str]:
         yield f"absent: {', '.join(names)} ({why})"
 
 
-def drift(rows: Iterable[Row]) -> Iterator[str]:
-    """What stands at the end when the machine was not the same throughout."""
-    rates = [rate for row in rows for rate in row.get("copy_gb_per_s", [])]
+def doubts(report: dict[str, Any]) -> Iterator[str]:
+    """What stands at the end when the machine was busy, or not the same throughout."""
+    if report["load_average"] > BUSY * report.get("cpus", math.inf):
+        yield (
+            f"the machine was busy: a load average of {report['load_average']:.2f} on "
+            f"{report['cpus']} processors at the start; unless that had ended, the ratios are not "
+            "to be relied on"
+        )
+    rates = [rate for row in report["results"] for rate in row.get("copy_gb_per_s", [])]
     if rates and max(rates) > DRIFT * min(rates):
         yield (
             f"the machine changed meanwhile: a copy in memory ran at {min(rates):.0f} to "
@@ -118,13 +131,13 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
         mine = [row for row in rows if row["optimizer"] == optimizer]
         device = mine[0].get("device", "cpu")
         yield from (header(optimizer, device), *map(block, mine), *remarks(mine))
-    yield from drift(rows)
     points = report.get("scaling", [])
     for optimizer, against in dict.fromkeys((p["optimizer"], p["against"]) for p in points):
         yield scaling_header(optimizer, against)
         yield from (
             point(p) for p in points if (p["optimizer"], p["against"]) == (optimizer, against)
         )
+    yield from doubts(report)
 
 
 def scaling_header(optimizer: str, against: str) -> str:
@@ -152,33 +165,32 @@ def best_of_torch(row: Row) -> str | None:
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
     """A line for each contender of each case; the points of curves have ``against``."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(_csv_lines(report))
+
+
+def _csv_lines(report: dict[str, Any]) -> Iterator[list[Any]]:
     facts = ("optimizer", "case", "device", "dtype", "clip", "tensors", "groups", "elements")
     figures = ("gb_per_s", "rounds", "steps")
     details = ("host_ms", "device_ms", "launches", "extra_bytes")
     spread = ("median", "low", "high")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                *("against", *facts, "bytes_per_step", "contender"),
-                *(f"ms_{key}" for key in spread),
-                *(f"times_ours_{key}" for key in spread),
-                *(*figures, *details),
+    yield [
+        *("against", *facts, "bytes_per_step", "contender"),
+        *(f"ms_{key}" for key in spread),
+        *(f"times_ours_{key}" for key in spread),
+        *(*figures, *details),
+    ]
+    for row in [*report["results"], *report.get("scaling", [])]:
+        for name, found in row["contenders"].items():
+            relative = row["time_relative_to_ours"].get(name, {})
+            yield [
+                row.get("against", ""),
+                *(row.get(key, "") for key in (*facts, "bytes_per_step")),
+                name,
+                *(found["ms"][key] for key in spread),
+                *(relative.get(key, "") for key in spread),
+                *(found.get(key, "") for key in (*figures, *details)),
             ]
-        )
-        for row in [*report["results"], *report.get("scaling", [])]:
-            for name, found in row["contenders"].items():
-                relative = row["time_relative_to_ours"].get(name, {})
-                writer.writerow(
-                    [
-                        row.get("against", ""),
-                        *(row.get(key, "") for key in (*facts, "bytes_per_step")),
-                        name,
-                        *(found["ms"][key] for key in spread),
-                        *(relative.get(key, "") for key in spread),
-                        *(found.get(key, "") for key in (*figures, *details)),
-                    ]
-                )
 
 
 def _spread(spread: dict[str, float], digits: int) -> str:
