@@ -15,7 +15,7 @@ import operator
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -284,7 +284,7 @@ class multi_step:
         gamma: What each milestone leaves, above 0, at most 1 (default: 0.1).
     """
 
-    milestones: tuple[int, ...]
+    milestones: Sequence[int]
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
@@ -303,8 +303,8 @@ class piecewise_constant:
         factors: One more than boundaries; finite and not negative, in any order.
     """
 
-    boundaries: tuple[int, ...]
-    factors: tuple[float, ...]
+    boundaries: Sequence[int]
+    factors: Sequence[float]
 
     def __post_init__(self) -> None:
         _check(self, boundaries=_rising_steps, factors=_factors)
@@ -545,7 +545,7 @@ class Plateau:
         Returns:
             Whether :attr:`multiplier` was reduced.
         """
-        number = _number("metric", metric)
+        number = _number("metric", metric.detach() if isinstance(metric, Tensor) else metric)
         if not math.isfinite(number):
             return False
         if self._is_better(number):
@@ -834,13 +834,13 @@ class PiecewiseConstantLR(ScheduleLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        boundaries: Iterable[int],
-        factors: Iterable[float],
+        boundaries: Sequence[int],
+        factors: Sequence[float],
         *,
         plateau: Plateau | None = None,
         last_epoch: int = -1,
     ) -> None:
-        curve = piecewise_constant(boundaries, factors)  # type: ignore[arg-type]
+        curve = piecewise_constant(boundaries, factors)
         super().__init__(optimizer, curve, plateau=plateau, last_epoch=last_epoch)
 
 
