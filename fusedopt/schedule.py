@@ -483,10 +483,29 @@ def plot_schedule(curve: Curve, n: int, ax: Axes | None = None) -> Axes:
         except ImportError as error:
             raise ImportError("plots need matplotlib: pip install matplotlib") from error
         ax = pyplot.subplots()[1]
-    ax.plot(factors, label=repr(curve))
+    ax.plot(factors)
     ax.set_xlabel("step")
     ax.set_ylabel("factor of the base learning rate")
     return ax
+
+
+PLATEAU_STATE = ("multiplier", "best", "num_bad", "cooldown_left")
+SCHEDULER_STATE = (
+    "last_epoch",
+    "_step_count",
+    "base_lrs",
+    "lr",
+    "_last_lr",
+    "schedule",
+    "cooldown",
+    "plateau",
+)
+
+
+def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
 
 
 @dataclass(eq=False)
@@ -584,19 +603,6 @@ class Plateau:
         _check_keys("a Plateau", state_dict, PLATEAU_STATE)
         for name in PLATEAU_STATE:
             setattr(self, name, state_dict[name])
-
-
-PLATEAU_STATE = ("multiplier", "best", "num_bad", "cooldown_left")
-SCHEDULER_STATE = (
-    *("last_epoch", "_step_count", "base_lrs", "lr", "_last_lr"),
-    *("schedule", "cooldown", "plateau"),
-)
-
-
-def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
 
 
 class ScheduleLR(LRScheduler):
