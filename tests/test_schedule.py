@@ -507,26 +507,30 @@ def test_groups_added_later() -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_lr_is_filled_in_place(shape: tuple[int, ...]) -> None:
-    lr, late = torch.full(shape, 0.5), torch.full(shape, 0.25)
-    param = Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([param], lr=lr, foreach=False)
+    """Computed in double precision from the base, then rounded; resumed to the last bit."""
+    own = [torch.full(shape, 0.1), torch.full(shape, 0.03)]
+    bases = [lr.item() for lr in own]
+    optimizer = torch.optim.SGD([Parameter(torch.ones(1))], lr=own[0], foreach=False)
     stepped(optimizer)
-    scheduler = ScheduleLR(optimizer, linear(4))
-    optimizer.add_param_group({"params": [Parameter(torch.ones(1))], "lr": late})
-    for t in range(1, 6):
+    scheduler = ScheduleLR(optimizer, linear(7))
+    optimizer.add_param_group({"params": [Parameter(torch.ones(1))], "lr": own[1]})
+
+    def wanted(t: int) -> list[float]:
+        return [torch.tensor(base * linear(7)(t)).item() for base in bases]
+
+    states = {}
+    for t in range(1, 9):
         scheduler.step()
-        assert [
-            group["lr"] is own
-            for group, own in zip(optimizer.param_groups, (lr, late), strict=True)
-        ] == [True, True]
-        assert lrs_of(optimizer) == [0.5 * linear(4)(t), 0.25 * linear(4)(t)]
-        if t == 2:
-            state = saved(scheduler)
-    scheduler.load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] is lr
-    assert lrs_of(optimizer) == [0.25, 0.125]
-    scheduler.step()
-    assert lrs_of(optimizer) == [0.125, 0.0625]
+        assert lrs_of(optimizer) == wanted(t)
+        states[t] = saved(scheduler)
+    for t, state in states.items():
+        scheduler.load_state_dict(state)
+        assert lrs_of(optimizer) == wanted(t)
+        scheduler.step()
+        assert lrs_of(optimizer) == wanted(t + 1)
+    groups = optimizer.param_groups
+    assert all(group["lr"] is lr for group, lr in zip(groups, own, strict=True))
+    assert [group["initial_lr"].item() for group in groups] == bases
 
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], ScheduleLR]] = {
@@ -552,6 +556,7 @@ def test_resume_at_every_step(make: Callable[[torch.optim.Optimizer], ScheduleLR
     for t, state in enumerate(states):
         again = make(optimizer_of(7.0, 8.0))
         again.load_state_dict(state)
+        assert saved(again) == state
         for u in range(t, min(t + 3, 60)):
             assert lrs_of(again.optimizer) == wanted[u]
             assert again.get_last_lr() == wanted[u]
