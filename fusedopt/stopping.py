@@ -254,7 +254,7 @@ class EarlyStopping:
         else:
             state = self._decide(self._read(metrics))
         if state.improved and self._best is not None:
-            self._best.save(self._state.steps)
+            self._best.save(state.steps - 1)
         self._state = state
         return self.should_stop
 
