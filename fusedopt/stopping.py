@@ -519,7 +519,7 @@ class BestWeights:
         """Bring everything back to what was kept.
 
         All is compared before anything is written: a model's entries and their shapes; an
-        optimizer's groups, and the shapes of its state.
+        optimizer's groups, and the shapes of its state. Other objects check for themselves.
 
         Returns:
             The step that was given to :meth:`save`.
@@ -532,21 +532,29 @@ class BestWeights:
             raise RuntimeError("there is nothing to restore: save() was not called")
         with torch.inference_mode(False), torch.no_grad():
             kept = self._kept if self._storage in ("cpu", "device") else self._load()
-            now = {name: item.state_dict() for name, item in self._stateful.items()}
+            now: dict[str, Any] = {}
             for name, item in self._stateful.items():
-                _check_same(name, item, kept[name], now[name])
+                if isinstance(item, (nn.Module, torch.optim.Optimizer)):
+                    now[name] = item.state_dict()
+                    _check_same(name, item, kept[name], now[name])
             places = dict(_tensors(now))
             copies: dict[int, Tensor] = {}
+            written: set[Any] = set()
             targets, sources = [], []
             for path, source in _tensors(kept):
                 if id(source) in copies:  # tied
                     continue
-                # An optimizer makes the tensors that it is given its own, so it must not be given
-                # ours. The values go into its present ones, which takes no memory.
+                # Who loads a state may make its tensors his own, so he must not be given ours.
+                # A model and an optimizer have tensors to write to; that takes no memory.
                 target = places.get(path)
-                if target is None or (target.shape, target.dtype) != (source.shape, source.dtype):
+                if (
+                    target is None
+                    or (target.shape, target.dtype) != (source.shape, source.dtype)
+                    or _memory(target) in written  # tied now, but not when it was saved
+                ):
                     target = source.clone()
                 else:
+                    written.add(_memory(target))
                     targets.append(target)
                     sources.append(source)
                 copies[id(source)] = target
@@ -567,7 +575,7 @@ class BestWeights:
         taken: set[int] = set()
         targets, sources = [], []
         for path, source in _tensors(states):
-            memory = source.data_ptr(), source.device, source.dtype, source.shape, source.stride()
+            memory = _memory(source)
             target = by_memory.get(memory)
             if target is None:
                 target = self._buffers.get(path)
@@ -675,6 +683,11 @@ def _tensors(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Tensor]]:
         yield path, tree
 
 
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements of the same memory."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=True)
@@ -683,10 +696,8 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
             torch.cuda.synchronize(device)
 
 
-def _check_same(name: str, item: Stateful, kept: Any, now: Any) -> None:
-    """ValueError when an object is no longer what its kept state is of."""
-    if not isinstance(item, (nn.Module, torch.optim.Optimizer)):
-        return  # its own load_state_dict() knows
+def _check_same(name: str, item: nn.Module | torch.optim.Optimizer, kept: Any, now: Any) -> None:
+    """ValueError when a model or an optimizer is no longer what its kept state is of."""
     before, after = dict(_tensors(kept)), dict(_tensors(now))
     if isinstance(item, nn.Module):
         for path in [*before, *after]:

@@ -826,6 +826,33 @@ def test_other_containers_and_tensors() -> None:
     assert same([odd.state[1][0], odd.state[2]["sub"][0].detach()], [torch.ones(2), torch.ones(1)])
 
 
+def test_what_others_hold_is_not_written_to() -> None:
+    odd = Odd()
+    odd.state = mine = torch.zeros(2)
+    best = BestWeights({"odd": odd})
+    best.save(0)
+    odd.state = later = torch.ones(2)
+    best.restore()
+    assert same([mine, later, odd.state], [torch.zeros(2), torch.ones(2), torch.zeros(2)])
+    odd.state.fill_(5)
+    best.restore()
+    assert same(odd.state, torch.zeros(2))
+
+
+def test_an_optimizers_state_that_is_tied_only_now() -> None:
+    params = make_params([(3,), (3,)])
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    set_grads(params, 0)
+    optimizer.step()
+    best = BestWeights({"optimizer": optimizer})
+    best.save(0)
+    expected = contents(optimizer)
+    first, second = (optimizer.state[p] for p in params)
+    first["momentum_buffer"] = second["momentum_buffer"]
+    best.restore()
+    assert same(contents(optimizer), expected)
+
+
 def change_shape(model: nn.Sequential, optimizer: Any) -> None:
     model[1].weight = nn.Parameter(torch.ones(2, 3))
 
