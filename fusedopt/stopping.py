@@ -529,7 +529,7 @@ class BestWeights:
             ValueError: An entry is not what it was; the message names it.
         """
         if self.step is None:
-            raise RuntimeError("there is nothing to restore: save() was not called")
+            raise RuntimeError("there is nothing to restore: nothing was saved")
         with torch.inference_mode(False), torch.no_grad():
             kept = self._kept if self._storage in ("cpu", "device") else self._load()
             now: dict[str, Any] = {}
@@ -544,8 +544,8 @@ class BestWeights:
             for path, source in _tensors(kept):
                 if id(source) in copies:  # tied
                     continue
-                # Who loads a state may make its tensors his own, so he must not be given ours.
-                # A model and an optimizer have tensors to write to; that takes no memory.
+                # load_state_dict() may keep the tensors it is given: they must not be ours. Models
+                # and optimizers have tensors to write to, which takes no memory.
                 target = places.get(path)
                 if (
                     target is None
@@ -612,8 +612,9 @@ class BestWeights:
             if unsafe:  # it is now that one must know, and not when one needs the file
                 raise TypeError(f"{path} can hold tensors and plain values, not {sorted(unsafe)}")
             os.replace(unfinished, path)
-        finally:
+        except BaseException:
             unfinished.unlink(missing_ok=True)
+            raise
 
     def _load(self) -> dict[str, Any]:
         found = torch.load(self._storage, map_location="cpu", weights_only=True)

@@ -748,6 +748,7 @@ def test_an_interrupted_copy_is_not_restored(monkeypatch: pytest.MonkeyPatch) ->
     nn.init.constant_(model.weight, 7.0)
 
     def interrupt(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
         raise KeyboardInterrupt
 
     def block() -> None:
@@ -758,7 +759,8 @@ def test_an_interrupted_copy_is_not_restored(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         block()
     assert same(model.weight.detach(), torch.full((2, 2), 7.0))
-    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="nothing to restore"):
+        best.restore()
     best.save(1)
     assert best.restore() == 1
 
@@ -849,6 +851,21 @@ def test_an_optimizers_state_that_is_tied_only_now() -> None:
     expected = contents(optimizer)
     first, second = (optimizer.state[p] for p in params)
     first["momentum_buffer"] = second["momentum_buffer"]
+    best.restore()
+    assert same(contents(optimizer), expected)
+
+
+def test_state_in_another_dtype_since() -> None:
+    """It comes back with all its bits, not by way of the present, narrower one."""
+    params = make_params([(50,)])
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    set_grads(params, 0)
+    optimizer.step()
+    best = BestWeights({"optimizer": optimizer})
+    best.save(0)
+    expected = contents(optimizer)
+    state = optimizer.state[params[0]]
+    state["momentum_buffer"] = state["momentum_buffer"].bfloat16()
     best.restore()
     assert same(contents(optimizer), expected)
 
