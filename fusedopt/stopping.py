@@ -1,0 +1,726 @@
+"""When to end training, and the weights to keep: early stopping and a store for the best state.
+
+Both work in any loop. :class:`EarlyStopping` takes a metric and answers whether to stop;
+:class:`BestWeights` keeps a copy of models and optimizers as they were at some step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fusedopt.options import _flag, _not_negative, _number, _one_of
+
+# Where a tensor is in a state dict: the keys and indices that lead to it.
+_Path = tuple[Any, ...]
+
+
+class StopReason(Enum):
+    """Why to stop. ``message`` says it in a sentence."""
+
+    NOT_STOPPED = "training goes on"
+    PATIENCE = "no improvement for as many steps as patience allows"
+    THRESHOLD = "stopping_threshold is reached"
+    DIVERGED = "a metric is worse than divergence_threshold"
+    NON_FINITE = "a metric is nan or inf"
+
+    @property
+    def message(self) -> str:
+        """The reason in words."""
+        return self.value
+
+
+class Progress(NamedTuple):
+    """How far one metric has come.
+
+    Attributes:
+        best_value: The best value so far; None before there is one.
+        best_step: The step that had it, counted from 0; None before there is one.
+        num_bad: Steps in a row that were no progress.
+    """
+
+    best_value: float | None = None
+    best_step: int | None = None
+    num_bad: int = 0
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is good and bad for one metric."""
+
+    mode: str
+    min_delta: float
+    relative: bool
+    baseline: float | None
+    stopping_threshold: float | None
+    divergence_threshold: float | None
+
+    def gain(self, value: float, over: float) -> float:
+        return over - value if self.mode == "min" else value - over
+
+    def better(self, value: float, than: float) -> bool:
+        # A factor on ``than`` itself would ask for a worse value where that is negative.
+        margin = self.min_delta * abs(than) if self.relative else self.min_delta
+        return math.isfinite(value) and self.gain(value, than) > margin
+
+    def reached(self, value: float) -> bool:
+        goal = self.stopping_threshold
+        return goal is not None and math.isfinite(value) and self.gain(value, goal) >= 0
+
+    def diverged(self, value: float) -> bool:
+        limit = self.divergence_threshold
+        return limit is not None and self.gain(value, limit) < 0
+
+    def judge(self, value: float, before: Progress, step: int) -> Progress:
+        best = before.best_value
+        improved = math.isfinite(value) if best is None else self.better(value, best)
+        if not improved:
+            return before._replace(num_bad=before.num_bad + 1)
+        progress = self.baseline is None or self.better(value, self.baseline)
+        return Progress(value, step, 0 if progress else before.num_bad + 1)
+
+
+class _State(NamedTuple):
+    """All that a step changes."""
+
+    steps: int
+    metrics: tuple[Progress, ...]
+    improved: bool
+    reason: StopReason
+
+    def pack(self) -> list[float]:
+        """As numbers, for other ranks."""
+        numbers: list[float] = [self.steps, self.improved, list(StopReason).index(self.reason)]
+        for value, step, num_bad in self.metrics:
+            numbers += [
+                math.nan if value is None else value,
+                -1 if step is None else step,
+                num_bad,
+            ]
+        return numbers
+
+    @staticmethod
+    def unpack(numbers: list[float]) -> _State:
+        steps, improved, reason, *rest = numbers
+        metrics = [
+            Progress(None, None, int(num_bad))
+            if step < 0
+            else Progress(value, int(step), int(num_bad))
+            for value, step, num_bad in zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+        ]
+        return _State(int(steps), tuple(metrics), bool(improved), list(StopReason)[int(reason)])
+
+
+class EarlyStopping:
+    """Tells when a metric no longer improves.
+
+    Call :meth:`step` after each evaluation. A value is an improvement when it is better than the
+    best so far by more than ``min_delta``; the first finite value always is. nan and inf never
+    become the best.
+
+    A step looks, in this order, for: a nan or inf (``check_finite``); a value beyond
+    ``divergence_threshold``; an improvement, which becomes the best and is saved; a value that
+    reaches ``stopping_threshold``; the end of ``patience``. The first two end the step: what
+    they find changes no best value.
+
+    With ``torch.distributed`` initialized, every rank of the group has to call :meth:`step`. The
+    values are averaged over the ranks, the first rank decides, and all take over its decision.
+
+    Patience is that of I. Goodfellow, Y. Bengio and A. Courville, "Deep Learning", 2016,
+    algorithm 7.1.
+
+    Args:
+        monitor: The metric's name, or ``{name: mode}`` for several, of which the first decides
+            what the best weights are.
+        mode: ``"min"`` (default) when lower is better, ``"max"`` when higher is. Only with a
+            single name.
+        patience: Stop at that many steps in a row without an improvement. 0 is the same as 1.
+        min_delta: How much better an improvement has to be; not negative. A number, or
+            ``{name: number}``.
+        min_delta_mode: ``"abs"``: in the metric's units; ``"rel"``: in units of ``abs(best)``.
+        baseline: Improvements that are not better than this do not end the count of bad steps;
+            they are still the best so far. This and the two thresholds are numbers, or
+            ``{name: number}`` for any of several metrics.
+        start_from: So many first steps are only checked for nan and inf.
+        stopping_threshold: Stop when the metric is as good as this or better.
+        divergence_threshold: Stop when the metric is worse than this.
+        check_finite: Stop at a nan or inf (default). Else they count as bad steps.
+        require: With several metrics, whether ``"all"`` (default) have to run out of patience, or
+            to reach those thresholds that there are; or ``"any"``.
+        best: Where to save at each improvement.
+        process_group: Whose ranks decide together; None: all, once ``torch.distributed`` is
+            initialized.
+
+    Example::
+
+        with BestWeights({"model": model}) as best:
+            stopper = EarlyStopping("val_loss", patience=5, best=best)
+            for epoch in range(100):
+                train_epoch()
+                if stopper.step(evaluate()):
+                    break
+        # the model is the best one now
+    """
+
+    def __init__(
+        self,
+        monitor: str | Mapping[str, str] = "val_loss",
+        *,
+        mode: str | None = None,
+        patience: int = 10,
+        min_delta: float | Mapping[str, float] = 0.0,
+        min_delta_mode: str = "abs",
+        baseline: float | Mapping[str, float] | None = None,
+        start_from: int = 0,
+        stopping_threshold: float | Mapping[str, float] | None = None,
+        divergence_threshold: float | Mapping[str, float] | None = None,
+        check_finite: bool = True,
+        require: str = "all",
+        best: BestWeights | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        modes = _modes(monitor, mode)
+        self._patience = _count("patience", patience)
+        self._start_from = _count("start_from", start_from)
+        self._check_finite = _flag("check_finite", check_finite)
+        self._combine = {"all": all, "any": any}[_one_of("all", "any")("require", require)]
+        relative = _one_of("abs", "rel")("min_delta_mode", min_delta_mode) == "rel"
+        if not isinstance(min_delta, Mapping):
+            min_delta = dict.fromkeys(modes, min_delta)
+        deltas = {
+            n: _not_negative("min_delta", d) for n, d in _named("min_delta", min_delta, modes)
+        }
+        baselines = _limits("baseline", baseline, modes)
+        goals = _limits("stopping_threshold", stopping_threshold, modes)
+        limits = _limits("divergence_threshold", divergence_threshold, modes)
+        self._rules = {
+            name: _Rule(
+                m,
+                deltas.get(name, 0.0),
+                relative,
+                baselines.get(name),
+                goals.get(name),
+                limits.get(name),
+            )
+            for name, m in modes.items()
+        }
+        for name in goals.keys() & limits.keys():
+            if self._rules[name].diverged(goals[name]):
+                raise ValueError(
+                    f"stopping_threshold={goals[name]} of {name!r} is worse than "
+                    f"divergence_threshold={limits[name]}"
+                )
+        if not isinstance(best, BestWeights | None):
+            raise TypeError(f"best is not a BestWeights: {best!r}")
+        self._best = best
+        if process_group is not None and (
+            not dist.is_available() or not isinstance(process_group, dist.ProcessGroup)
+        ):
+            raise TypeError(f"process_group is not a group that has this rank: {process_group!r}")
+        self._process_group = process_group
+        self._state = _State(0, (Progress(),) * len(modes), False, StopReason.NOT_STOPPED)
+
+    def step(self, metrics: float | Tensor | Mapping[str, Any]) -> bool:
+        """Judge the metrics of an evaluation.
+
+        When it raises, nothing has changed. After a stop it may be called again, and judges anew.
+
+        Args:
+            metrics: A number or a tensor of one element; or a mapping that has the monitored
+                names, and any others.
+
+        Returns:
+            True to stop: :attr:`should_stop`, on every rank the same.
+
+        Raises:
+            KeyError: A monitored metric is missing.
+            TypeError: A metric is not a number.
+            ValueError: A metric is a tensor with another number of elements than one.
+            RuntimeError: One of these on another rank.
+        """
+        if dist.is_available() and dist.is_initialized():
+            state = self._decide_together(metrics)
+        else:
+            state = self._decide(self._read(metrics))
+        if state.improved and self._best is not None:
+            self._best.save(state.steps - 1)
+        self._state = state
+        return self.should_stop
+
+    def _read(self, metrics: float | Tensor | Mapping[str, Any]) -> list[float]:
+        if not isinstance(metrics, Mapping):
+            if len(self._rules) > 1:
+                raise TypeError(f"metrics is no mapping with {list(self._rules)}: {metrics!r}")
+            return [_metric(name, metrics) for name in self._rules]
+        for name in self._rules:
+            if name not in metrics:
+                raise KeyError(f"no metric {name!r}; there are {list(metrics)}")
+        return [_metric(name, metrics[name]) for name in self._rules]
+
+    def _decide(self, values: list[float]) -> _State:
+        step, rules = self._state.steps, self._rules.values()
+        quiet = self._state._replace(steps=step + 1, improved=False, reason=StopReason.NOT_STOPPED)
+        if self._check_finite and not all(map(math.isfinite, values)):
+            return quiet._replace(reason=StopReason.NON_FINITE)
+        if step < self._start_from:
+            return quiet
+        if any(rule.diverged(value) for rule, value in zip(rules, values, strict=True)):
+            return quiet._replace(reason=StopReason.DIVERGED)
+        judged = zip(rules, values, self._state.metrics, strict=True)
+        metrics = tuple(rule.judge(value, before, step) for rule, value, before in judged)
+        reached = [
+            rule.reached(value)
+            for rule, value in zip(rules, values, strict=True)
+            if rule.stopping_threshold is not None
+        ]
+        if reached and self._combine(reached):
+            reason = StopReason.THRESHOLD
+        elif self._out_of_patience(metrics):
+            reason = StopReason.PATIENCE
+        else:
+            reason = StopReason.NOT_STOPPED
+        return _State(step + 1, metrics, metrics[0].best_step == step, reason)
+
+    def _out_of_patience(self, metrics: tuple[Progress, ...]) -> bool:
+        return self._combine([m.num_bad >= max(self._patience, 1) for m in metrics])
+
+    def _decide_together(self, metrics: float | Tensor | Mapping[str, Any]) -> _State:
+        group = self._process_group
+        # A rank that raised before it communicates would leave the others waiting for it.
+        error: Exception | None = None
+        try:
+            values = self._read(metrics)
+        except Exception as caught:
+            values, error = [0.0] * len(self._rules), caught
+        backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+        place = "cpu" if "cpu:" in backends else backends.partition(":")[0]
+        total = torch.tensor([*values, error is not None], dtype=torch.float64, device=place)
+        dist.all_reduce(total, group=group)
+        *sums, errors = total.tolist()
+        if error is not None:
+            raise error
+        if errors:
+            raise RuntimeError(f"step() was given bad metrics on {int(errors)} other rank(s)")
+        size = dist.get_world_size(group)
+        state = self._decide([value / size for value in sums])
+        # Ranks may hold different states, from different checkpoints: the first one's counts.
+        packed = torch.tensor(state.pack(), dtype=torch.float64, device=place)
+        dist.broadcast(packed, group=group, group_src=0)
+        return _State.unpack(packed.tolist())
+
+    @property
+    def should_stop(self) -> bool:
+        """What the last :meth:`step` returned."""
+        return self._state.reason is not StopReason.NOT_STOPPED
+
+    @property
+    def reason(self) -> StopReason:
+        """Why the last step said to stop, if it did."""
+        return self._state.reason
+
+    @property
+    def steps(self) -> int:
+        """How often :meth:`step` was called: the number of the next step."""
+        return self._state.steps
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last step was an improvement of the (first) metric."""
+        return self._state.improved
+
+    @property
+    def best_value(self) -> float | None:
+        """The best value of the (first) metric; None before there is one."""
+        return self._state.metrics[0].best_value
+
+    @property
+    def best_step(self) -> int | None:
+        """The step that had it, counted from 0; None before there is one."""
+        return self._state.metrics[0].best_step
+
+    @property
+    def num_bad(self) -> int:
+        """Steps in a row that were no progress of the (first) metric."""
+        return self._state.metrics[0].num_bad
+
+    @property
+    def progress(self) -> dict[str, Progress]:
+        """The same for each metric."""
+        return dict(zip(self._rules, self._state.metrics, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps found, in plain numbers and strings; none of the constructor's options."""
+        return {
+            "steps": self.steps,
+            "improved": self.improved,
+            "reason": self.reason.name,
+            "metrics": {
+                name: {"mode": self._rules[name].mode, **progress._asdict()}
+                for name, progress in self.progress.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another one was. Patience and all other options stay the constructor's.
+
+        A stop for lack of patience is judged again, by this one's patience.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: It is of other metrics, or of another mode.
+        """
+        loaded = state_dict["metrics"]
+        found = {name: entry["mode"] for name, entry in loaded.items()}
+        own = {name: rule.mode for name, rule in self._rules.items()}
+        if found != own:
+            raise ValueError(f"state_dict is of the metrics {found}, not {own}")
+        metrics = tuple(
+            Progress(*(loaded[name][field] for field in Progress._fields)) for name in self._rules
+        )
+        reason = StopReason[state_dict["reason"]]
+        if reason is StopReason.PATIENCE and not self._out_of_patience(metrics):
+            reason = StopReason.NOT_STOPPED
+        self._state = _State(state_dict["steps"], metrics, state_dict["improved"], reason)
+
+
+def _modes(monitor: Any, mode: Any) -> dict[str, str]:
+    check = _one_of("min", "max")
+    if isinstance(monitor, str):
+        return {monitor: check("mode", "min" if mode is None else mode)}
+    if not isinstance(monitor, Mapping):
+        raise TypeError(f"monitor is neither a name nor a mapping of names to modes: {monitor!r}")
+    if not monitor:
+        raise ValueError(f"monitor has no metric: {monitor!r}")
+    if mode is not None:
+        raise ValueError(f"mode={mode!r}: monitor has the modes already: {monitor!r}")
+    for name in monitor:
+        if not isinstance(name, str):
+            raise TypeError(f"monitor has a name that is no string: {name!r}")
+    return {name: check(f"monitor[{name!r}]", value) for name, value in monitor.items()}
+
+
+def _named(name: str, values: Mapping[str, Any], known: Mapping[str, str]) -> Iterator[Any]:
+    for metric in values:
+        if metric not in known:
+            raise ValueError(f"{name} has {metric!r}, which is not among {list(known)}")
+    yield from values.items()
+
+
+def _limits(name: str, value: Any, known: Mapping[str, str]) -> dict[str, float]:
+    """A finite number for each metric that has one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        if len(known) > 1:
+            raise ValueError(f"{name} must say of which metric it is, as {{name: {value!r}}}")
+        value = dict.fromkeys(known, value)
+    limits = {metric: _number(name, limit) for metric, limit in _named(name, value, known)}
+    for limit in limits.values():
+        if not math.isfinite(limit):
+            raise ValueError(f"{name} must be finite: {limit!r}")
+    return limits
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is not an integer: {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative: {value!r}")
+    return value
+
+
+def _metric(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"metric {name!r} has {value.numel()} elements, not one")
+        value = value.item()
+    return _number(f"metric {name!r}", value)
+
+
+class Stateful(Protocol):
+    """A model, an optimizer, or anything else with a state dict."""
+
+    def state_dict(self) -> Any:
+        """What :meth:`load_state_dict` needs to bring the object back to what it is now."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Bring the object back."""
+
+
+class BestWeights:
+    """Keeps a copy of models, optimizers, and whatever else has a state dict.
+
+    The first :meth:`save` allocates the memory, the others reuse it. As a context manager it
+    restores at the end of the block however that ends; an exception (also Ctrl-C) goes on after
+    that. When the block ends by an exception before anything was saved, all stays as it is.
+
+    Args:
+        stateful: Names and objects, such as ``{"model": model, "optimizer": optimizer}``.
+        storage: ``"cpu"`` (default): in the host's memory, pinned for what comes from a CUDA
+            device; ``"device"``: each tensor's copy beside it; a ``pathlib.Path``: in that file,
+            which is replaced at once when the new one is complete. Each process needs a file of
+            its own.
+
+    Attributes:
+        step: The step that is kept; None before :meth:`save`.
+    """
+
+    def __init__(self, stateful: Mapping[str, Stateful], *, storage: str | Path = "cpu") -> None:
+        if not isinstance(stateful, Mapping):
+            raise TypeError(f"stateful is not a mapping of names to objects: {stateful!r}")
+        if not stateful:
+            raise ValueError(f"stateful has no object: {stateful!r}")
+        for name, item in stateful.items():
+            if not isinstance(name, str):
+                raise TypeError(f"stateful has a name that is no string: {name!r}")
+            for method in ("state_dict", "load_state_dict"):
+                if not callable(getattr(item, method, None)):
+                    raise TypeError(f"stateful[{name!r}] has no method {method}: {item!r}")
+        if isinstance(storage, Path):
+            if storage.is_dir() or not storage.parent.is_dir():
+                raise ValueError(f"storage must be a file in an existing folder: {storage!r}")
+        elif storage not in ("cpu", "device"):
+            raise ValueError(f"storage must be 'cpu', 'device' or a pathlib.Path: {storage!r}")
+        self._stateful = dict(stateful)
+        self._storage = storage
+        self._kept: dict[str, Any] = {}
+        self._buffers: dict[_Path, Tensor] = {}
+        self.step: int | None = None
+
+    def save(self, step: int) -> None:
+        """Keep everything as it is now, in place of what was kept.
+
+        Args:
+            step: What :meth:`restore` shall return.
+
+        Raises:
+            TypeError: A state dict holds what a file cannot, and storage is a file; what was
+                kept before still is.
+        """
+        _count("step", step)
+        # Not the caller's mode: memory from inference_mode() could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep({name: item.state_dict() for name, item in self._stateful.items()}, step)
+
+    def restore(self) -> int:
+        """Bring everything back to what was kept.
+
+        All is compared before anything is written: a model's entries and their shapes; an
+        optimizer's groups, and the shapes of its state. Other objects check for themselves.
+
+        Returns:
+            The step that was given to :meth:`save`.
+
+        Raises:
+            RuntimeError: Nothing was saved, or the file is no longer the one that was.
+            ValueError: An entry is not what it was; the message names it.
+        """
+        if self.step is None:
+            raise RuntimeError("there is nothing to restore: nothing was saved")
+        with torch.inference_mode(False), torch.no_grad():
+            kept = self._kept if self._storage in ("cpu", "device") else self._load()
+            now: dict[str, Any] = {}
+            for name, item in self._stateful.items():
+                if isinstance(item, (nn.Module, torch.optim.Optimizer)):
+                    now[name] = item.state_dict()
+                    _check_same(name, item, kept[name], now[name])
+            places = dict(_tensors(now))
+            copies: dict[int, Tensor] = {}
+            written: set[Any] = set()
+            targets, sources = [], []
+            for path, source in _tensors(kept):
+                if id(source) in copies:  # tied
+                    continue
+                # load_state_dict() may keep the tensors it is given: they must not be ours. Models
+                # and optimizers have tensors to write to, which takes no memory.
+                target = places.get(path)
+                if (
+                    target is None
+                    or (target.shape, target.dtype) != (source.shape, source.dtype)
+                    or _memory(target) in written  # tied now, but not when it was saved
+                ):
+                    target = source.clone()
+                else:
+                    written.add(_memory(target))
+                    targets.append(target)
+                    sources.append(source)
+                copies[id(source)] = target
+            _copy(targets, sources)
+            state = copy.deepcopy(kept, dict(copies))
+            for name, item in self._stateful.items():
+                item.load_state_dict(state[name])
+        return self.step
+
+    def _keep(self, states: dict[str, Any], step: int) -> None:
+        if isinstance(self._storage, Path):
+            self._write(self._storage, states, step)
+            self.step = step
+            return
+        buffers: dict[_Path, Tensor] = {}
+        copies: dict[int, Tensor] = {}
+        by_memory: dict[Any, Tensor] = {}  # what is tied has one copy
+        taken: set[int] = set()
+        targets, sources = [], []
+        for path, source in _tensors(states):
+            memory = _memory(source)
+            target = by_memory.get(memory)
+            if target is None:
+                target = self._buffers.get(path)
+                if target is None or id(target) in taken or not self._fits(target, source):
+                    target = self._allocate(source)
+                by_memory[memory] = target
+                taken.add(id(target))
+                targets.append(target)
+                sources.append(source)
+            buffers[path] = copies[id(source)] = target
+        kept = copy.deepcopy(states, dict(copies))
+        self.step = None  # until the copy is whole: Ctrl-C may come at any time
+        _copy(targets, sources)
+        self._kept, self._buffers, self.step = kept, buffers, step
+
+    def _fits(self, buffer: Tensor, source: Tensor) -> bool:
+        same = (buffer.shape, buffer.dtype) == (source.shape, source.dtype)
+        return same and (self._storage == "cpu" or buffer.device == source.device)
+
+    def _allocate(self, source: Tensor) -> Tensor:
+        if self._storage == "device":
+            return torch.empty_like(source)
+        return torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
+
+    @staticmethod
+    def _write(path: Path, states: dict[str, Any], step: int) -> None:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save({"step": step, "kept": states}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(unfinished)
+            if unsafe:  # it is now that one must know, and not when one needs the file
+                raise TypeError(f"{path} can hold tensors and plain values, not {sorted(unsafe)}")
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def _load(self) -> dict[str, Any]:
+        found = torch.load(self._storage, map_location="cpu", weights_only=True)
+        if found["step"] != self.step:
+            raise RuntimeError(
+                f"{self._storage} holds step {found['step']}, not step {self.step}: "
+                "someone else has written it"
+            )
+        kept: dict[str, Any] = found["kept"]
+        return kept
+
+    def __enter__(self) -> BestWeights:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None or self.step is not None:
+            self.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: the step, and what is kept, unless that is in a file anyway.
+
+        The tensors are the kept ones themselves: the next :meth:`save` overwrites them.
+        """
+        return {"step": self.step, "kept": self._kept if self.step is not None else {}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what another one kept. The objects themselves stay as they are.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: It is of other names; or in a file, and not in the one that is storage.
+        """
+        step, kept = state_dict["step"], state_dict["kept"]
+        if step is None:
+            self.step = None
+            return
+        if not kept:
+            if not isinstance(self._storage, Path) or not self._storage.is_file():
+                raise ValueError(f"state_dict is of a file, and storage is {self._storage!r}")
+            self.step = step
+            return
+        if kept.keys() != self._stateful.keys():
+            raise ValueError(f"state_dict is of {list(kept)}, not of {list(self._stateful)}")
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep(kept, step)
+
+
+def _tensors(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Tensor]]:
+    """The tensors in nested dicts, lists and tuples whose memory can be copied as it is.
+
+    Subclasses of Tensor, and sparse ones, are left to deepcopy.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, (*path, key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _tensors(value, (*path, index))
+    elif type(tree) in (Tensor, nn.Parameter) and tree.layout is torch.strided:
+        yield path, tree
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements of the same memory."""
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+    for device in {tensor.device for tensor in [*targets, *sources]}:
+        if device.type == "cuda":  # the host may read what it got
+            torch.cuda.synchronize(device)
+
+
+def _check_same(name: str, item: nn.Module | torch.optim.Optimizer, kept: Any, now: Any) -> None:
+    """ValueError when a model or an optimizer is no longer what its kept state is of."""
+    before, after = dict(_tensors(kept)), dict(_tensors(now))
+    if isinstance(item, nn.Module):
+        for path in [*before, *after]:
+            if path not in after or path not in before:
+                when = "was not there" if path in after else "is no longer there"
+                raise ValueError(f"{name}: {_text(path)} {when}{_SINCE}")
+    else:
+        sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (kept, now)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{name}: param_groups have {sizes[1]} parameters, but had {sizes[0]}{_SINCE}"
+            )
+    for path, tensor in before.items():
+        if path in after and after[path].shape != tensor.shape:
+            raise ValueError(
+                f"{name}: {_text(path)} has the shape {tuple(after[path].shape)}, "
+                f"but had {tuple(tensor.shape)}{_SINCE}"
+            )
+
+
+_SINCE = " when it was saved; nothing was restored"
+
+
+def _text(path: _Path) -> str:
+    return ".".join(map(str, path))
