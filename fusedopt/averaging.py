@@ -25,9 +25,9 @@ from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import _below_one, _flag, _not_negative, _one_of
 from fusedopt.state import wide_dtype
 
-_BATCH = (
-    64  # tensors that are widened at a time: for all at once the model's memory would be needed
-)
+# So many elements are widened at a time. All at once would need the average's memory again, and on
+# the CPU new memory costs more than the arithmetic.
+_BATCH = 1 << 20
 
 
 def _averaged(tensor: Tensor) -> bool:
@@ -39,10 +39,22 @@ def _interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> No
     """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere."""
     # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
     # the two rounded factors do not add up to 1: with a decay of 0.999 it ends up to 3e-5 away.
-    for i in range(0, len(means), _BATCH):
-        batch = means[i : i + _BATCH]
-        wide = [v.to(m) for m, v in zip(batch, values[i : i + _BATCH], strict=True)]
-        torch._foreach_lerp_(batch, wide, weight)
+    wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
+    torch._foreach_lerp_(means, wide, weight)
+
+
+def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of what foreach operations take at once: of one device and dtype, and not too large."""
+    kinds = {name: f"{tensor.device} {tensor.dtype}" for name, tensor in tensors.items()}
+    batches: list[list[str]] = []
+    kind, size = "", 0
+    for name in sorted(tensors, key=lambda name: kinds[name]):
+        size += tensors[name].numel()
+        if kinds[name] != kind or size > _BATCH:
+            batches.append([])
+            kind, size = kinds[name], tensors[name].numel()
+        batches[-1].append(name)
+    return batches
 
 
 def _count(name: str, value: Any, least: int) -> int:
@@ -119,13 +131,8 @@ class WeightAverage:
             for name, t in tensors.items()
         }
         self._copied = [name for name in tensors if name in copied]
-        # Lists of one dtype and device are what foreach operations do at once.
-        groups: dict[Any, list[str]] = {}
-        for name, average in self.averages.items():
-            if name not in copied:
-                groups.setdefault((average.device, average.dtype), []).append(name)
-        self._groups = list(groups.values())
-        if not self._groups:
+        self._batches = _batches({n: t for n, t in self.averages.items() if n not in copied})
+        if not self._batches:
             raise ValueError("model has nothing to average: no parameters")
         # A checkpoint has all names of what is shared, and leaves out what is not persistent.
         first_names = {
@@ -174,7 +181,7 @@ class WeightAverage:
             torch._foreach_copy_(list(self.averages.values()), [live[n] for n in self.averages])
         elif calls % self._every == 0:
             weight = self._weight()
-            for names in self._groups:
+            for names in self._batches:
                 _interpolate([self.averages[n] for n in names], [live[n] for n in names], weight)
             if self._copied:
                 copies = [self.averages[n] for n in self._copied]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fusedopt
+from fusedopt import averaging
 from fusedopt.averaging import (
     EMA,
     SWA,
@@ -217,17 +218,43 @@ def test_an_average_of_equal_weights_is_these(make: Callable[..., WeightAverage]
     assert_equal(average.averages, contents(model))
 
 
-def test_many_tensors_and_two_dtypes() -> None:
-    """More than are widened at a time."""
-    linears = [nn.Linear(1, 1, dtype=(torch.bfloat16, torch.float32)[i % 2]) for i in range(150)]
-    model = nn.ModuleList(linears)
+def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one dtype, and of few elements: in each only so much is widened at once."""
+    monkeypatch.setattr(averaging, "_BATCH", 6)
+    model = nn.ModuleList(
+        nn.Linear(1, size, dtype=dtype)
+        for size in (1, 5, 2, 9, 1, 3)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
     ema = EMA(model, 0.5, warmup=False)
     before = contents(model)
     disturb(model, 0)
+    lerp, seen = torch._foreach_lerp_, []
+
+    def watched(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+        assert len({tensor.dtype for tensor in (*means, *values)}) == 1
+        assert len(means) == 1 or sum(mean.numel() for mean in means) <= 6
+        seen.append(len(means))
+        lerp(means, values, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", watched)
     ema.update(model)
+    assert sum(seen) == len(before)
+    assert 2 < len(seen) < len(before)
     for name, now in contents(model).items():
-        expected = (before[name].float() + now.float()) / 2
-        torch.testing.assert_close(ema.averages[name], expected, rtol=1e-6, atol=1e-7)
+        expected = (before[name].double() + now.double()) / 2
+        torch.testing.assert_close(ema.averages[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_reads_no_value() -> None:
+    """So that nobody waits for a device: tensors without data do as well."""
+    model = make_model(torch.bfloat16).to("meta")
+    for average in (EMA(model, buffers="average"), SWA(model, start=0)):
+        for _ in range(3):
+            average.update(model)
+            with average.swap(model):
+                pass
+        assert average.n_averaged == 3
 
 
 @table(
