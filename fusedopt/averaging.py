@@ -38,7 +38,7 @@ def _averaged(tensor: Tensor) -> bool:
 def _interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> None:
     """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere."""
     # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
-    # the two rounded factors do not add up to 1: with a decay of 0.999 it ends up to 3e-5 away.
+    # the two rounded factors do not add up to 1: with a decay of 0.999 it drifts 1e-5 away.
     wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
     torch._foreach_lerp_(means, wide, weight)
 
@@ -94,8 +94,7 @@ class WeightAverage:
 
     Attributes:
         averages: The averages by the names of the model's parameters and buffers. None of them
-            requires grad or shares memory with the model. Within :meth:`swap` they hold the
-            model's own.
+            requires grad or shares memory with the model. Within :meth:`swap` they are elsewhere.
         n_averaged: How often the weights were averaged.
     """
 
@@ -267,7 +266,9 @@ class WeightAverage:
             RuntimeError: Within :meth:`swap`.
         """
         self._check_not_swapped("state_dict")
-        state: OrderedDict[str, Any] = OrderedDict(n_averaged=torch.tensor(self.n_averaged))
+        state: OrderedDict[str, Any] = OrderedDict(
+            n_averaged=torch.tensor(self.n_averaged, device="cpu")
+        )
         state.update({f"module.{name}": self.averages[mine] for name, mine in self._saved.items()})
         state._metadata = {"": {"calls": self._calls}}  # type: ignore[attr-defined]
         return state
