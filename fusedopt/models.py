@@ -267,11 +267,16 @@ def _tensors(tree: Any, what: str) -> tuple[list[Tensor], bool]:
     return tensors, optimizers
 
 
+def not_a_checkpoint(path: Path, error: Exception) -> ModelError:
+    """What to raise when ``torch.load`` has failed."""
+    return ModelError(f"{path}: not a torch checkpoint of tensors{_why(error)}")
+
+
 def _checkpoint(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
     try:
         tree = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
-        raise ModelError(f"{path}: not a torch checkpoint of tensors{_why(error)}") from error
+        raise not_a_checkpoint(path, error) from error
     # Beside the model there may be another, such as an average of it.
     if isinstance(tree, Mapping):
         for key in ("model", "state_dict", "model_state_dict", "module"):
@@ -297,34 +302,53 @@ def _why(error: Exception) -> str:
     return ""
 
 
-# The names of safetensors' header (its format: 8 bytes of length, then JSON).
-_SAFETENSORS = {
+# The names of safetensors' header (its format: 8 bytes of length, then JSON, then the tensors).
+SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
-def _safetensors(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """A ``.safetensors`` file's entries by name, and how many bytes lie before their data.
+
+    Raises:
+        ModelError: The file has no such header.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if 8 + length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        return {n: entry for n, entry in header.items() if n != "__metadata__"}, 8 + length
+    except (OSError, struct.error, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a safetensors file ({error})") from error
+
+
+def _safetensors(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
+    header, _ = safetensors_header(path)
+    found: list[tuple[Shape, torch.dtype | str]] = []
+    try:
         for name, entry in header.items():
             sizes = entry["shape"]
             if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for n in sizes):
                 raise ValueError(f"{name!r} has the shape {sizes!r}")
-        return [
-            (tuple(entry["shape"]), _SAFETENSORS.get(entry["dtype"], str(entry["dtype"])))
-            for entry in header.values()
-        ]
-    except (
-        *(OSError, struct.error, ValueError, KeyError, TypeError, AttributeError),
-        RecursionError,
-    ) as error:
+            found.append((tuple(sizes), SAFETENSORS.get(entry["dtype"], str(entry["dtype"]))))
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a safetensors file ({error})") from error
+    return found

@@ -54,13 +54,15 @@ def _not_negative(name: str, value: Any) -> float:
     return number
 
 
-def _decay(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
+def _below_one(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0 <= number < 1:
         raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
     return number
+
+
+def _decay(name: str, value: Any) -> float | None:
+    return None if value is None else _below_one(name, value)
 
 
 def _norm_type(name: str, value: Any) -> float:

@@ -56,7 +56,7 @@ def test_of_a_safetensors_file_the_header_is_enough(tmp_path: Path) -> None:
     assert model.shapes == ((50000, 2000), ())  # what is not trained is left out
     assert model.dtypes == (torch.bfloat16, torch.float32)
     assert model.elements == 100_000_001
-    assert model.left_out == "1 tensor of I64, 1 of F8_E4M3"
+    assert model.left_out == "1 tensor of int64, 1 of float8_e4m3fn"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0", struct.pack("<Q", 5) + b"{}"])

@@ -1,0 +1,740 @@
+"""Averages: of the weights over a training run, of checkpoints, and of models' predictions.
+
+An average of weights is kept wider than the model: in bfloat16 a decay of 0.999 would move
+nothing, for the step is below half the distance between neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fusedopt.models import SAFETENSORS, ModelError, not_a_checkpoint, safetensors_header
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import _below_one, _flag, _not_negative, _one_of
+from fusedopt.state import wide_dtype
+
+# So many elements are widened at a time. All at once would need the average's memory again, and on
+# the CPU new memory costs more than the arithmetic.
+_BATCH = 1 << 20
+
+
+def _averaged(tensor: Tensor) -> bool:
+    """Whether a mean of such numbers makes sense; counters and masks are copied."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere."""
+    # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
+    # the two rounded factors do not add up to 1: with a decay of 0.999 it drifts 1e-5 away.
+    wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
+    torch._foreach_lerp_(means, wide, weight)
+
+
+def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of what foreach operations take at once: of one device and dtype, and not too large."""
+    kinds = {name: f"{tensor.device} {tensor.dtype}" for name, tensor in tensors.items()}
+    batches: list[list[str]] = []
+    kind, size = "", 0
+    for name in sorted(tensors, key=lambda name: kinds[name]):
+        size += tensors[name].numel()
+        if kinds[name] != kind or size > _BATCH:
+            batches.append([])
+            kind, size = kinds[name], tensors[name].numel()
+        batches[-1].append(name)
+    return batches
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is not an integer: {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}: {value!r}")
+    return value
+
+
+def _module(name: str, value: Any) -> nn.Module:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} is not a torch.nn.Module: {value!r}")
+    return value
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers by name; what is shared has its first name."""
+    return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose: str) -> None:
+    for name in (*mine, *theirs):
+        if name not in theirs:
+            raise ValueError(f"{whose} has no {name!r}, which the average has")
+        if name not in mine:
+            raise ValueError(f"{whose} has {name!r}, which the average has not")
+        if theirs[name].shape != mine[name].shape:
+            raise ValueError(
+                f"{whose} has {name!r} in the shape {tuple(theirs[name].shape)}, "
+                f"the average in {tuple(mine[name].shape)}"
+            )
+
+
+class WeightAverage:
+    """What :class:`EMA` and :class:`SWA` share: the average itself, and how it is used.
+
+    Attributes:
+        averages: The averages by the names of the model's parameters and buffers. None of them
+            requires grad or shares memory with the model. Within :meth:`swap` they are elsewhere.
+        n_averaged: How often the weights were averaged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int,
+        start: int,
+        dtype: torch.dtype,
+        device: torch.device | str | int | None,
+        buffers: str,
+    ) -> None:
+        self._every, self._start = every, start
+        _one_of("copy", "average")("buffers", buffers)
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype must be torch.float32 or torch.float64: {dtype!r}; a narrower average "
+                "stands still, as each step is lost in rounding"
+            )
+        try:
+            place = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device is not a device: {device!r} ({error})") from None
+        tensors = _tensors_of(_module("model", model))
+        copied = {name for name, tensor in tensors.items() if not _averaged(tensor)}
+        if buffers == "copy":
+            copied.update(name for name, _ in model.named_buffers())
+        self.averages = {
+            name: t.to(
+                place, t.dtype if name in copied else torch.promote_types(t.dtype, dtype), copy=True
+            )
+            for name, t in tensors.items()
+        }
+        self._copied = [name for name in tensors if name in copied]
+        self._batches = _batches({n: t for n, t in self.averages.items() if n not in copied})
+        if not self._batches:
+            raise ValueError("model has nothing to average: no parameters")
+        # A checkpoint has all names of what is shared, and leaves out what is not persistent.
+        first_names = {
+            id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
+        }
+        self._saved = {
+            name: first_names[id(value)]
+            for name, value in model.state_dict(keep_vars=True).items()
+            if id(value) in first_names
+        }
+        self.n_averaged = 0
+        self._calls = 0
+        self._swapped = False
+
+    def _weight(self) -> float:
+        """The weight of the model in the next average."""
+        raise NotImplementedError
+
+    def _match(self, model: nn.Module, what: str) -> dict[str, Tensor]:
+        """A model's tensors, when they are those that are averaged."""
+        self._check_not_swapped(what)
+        tensors = _tensors_of(_module("model", model))
+        _check_same(self.averages, tensors, "the model")
+        return tensors
+
+    def _check_not_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"no {what}() within swap(): the model has the average")
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model's weights, after its optimizer's step. Waits for no device.
+
+        (When the average is on the CPU and the model is not, the copy has to wait.)
+
+        Args:
+            model: Its parameters and buffers have the names and shapes of the first model's.
+
+        Raises:
+            ValueError: They have not; the message has the first name that differs.
+            RuntimeError: Within :meth:`swap`.
+        """
+        live = self._match(model, "update")
+        calls = self._calls + 1 - self._start
+        if calls <= 0:
+            torch._foreach_copy_(list(self.averages.values()), [live[n] for n in self.averages])
+        elif calls % self._every == 0:
+            weight = self._weight()
+            for names in self._batches:
+                _interpolate([self.averages[n] for n in names], [live[n] for n in names], weight)
+            if self._copied:
+                copies = [self.averages[n] for n in self._copied]
+                torch._foreach_copy_(copies, [live[n] for n in self._copied])
+            self.n_averaged += 1
+        self._calls += 1
+
+    @contextmanager
+    def swap(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, the model has the average, and this has the model's own weights.
+
+        They are exchanged in place, tensor by tensor; of those whose dtype is not the average's
+        there is a copy meanwhile. Whatever happens in the block, the model has its weights and
+        buffers again after it, to the bit. What the block does to buffers stays with the average:
+        ``torch.optim.swa_utils.update_bn`` belongs here.
+
+        Args:
+            model: As for :meth:`update`.
+
+        Raises:
+            ValueError: The model does not match the average.
+            RuntimeError: One block within another. Or the block has written to a parameter: that
+                was the average, which has what was written now.
+        """
+        live = self._match(model, "swap")
+        parameters = {name for name, _ in model.named_parameters()}
+        own: dict[str, Tensor | None] = {}  # of what has been exchanged; None: the average has it
+        versions: dict[str, int] = {}
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for name, average in self.averages.items():
+                    if live[name].dtype == average.dtype:
+                        _exchange(live[name], average)
+                        own[name] = None
+                    else:
+                        kept = live[name].clone()
+                        live[name].copy_(average)
+                        own[name] = kept
+                    versions[name] = live[name]._version
+            yield
+        finally:
+            live.update(_tensors_of(model))  # the block may have moved the model
+            changed = [name for name in versions if live[name]._version != versions[name]]
+            with torch.no_grad():
+                for name, weight in own.items():
+                    if weight is None:
+                        _exchange(live[name], self.averages[name])
+                    else:
+                        if name in changed:
+                            self.averages[name].copy_(live[name])
+                        live[name].copy_(weight)
+            self._swapped = False
+        for name in changed:
+            if name in parameters:
+                raise RuntimeError(
+                    f"the block of swap() has written to {name!r}; that was the average, which is "
+                    "spoilt now. The model has its own weights"
+                )
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give a model the averages, in its own dtypes, for good.
+
+        Args:
+            model: As for :meth:`update`; often a copy, or a new model of the same class.
+
+        Raises:
+            ValueError: It does not match the average.
+            RuntimeError: Within :meth:`swap`.
+        """
+        live = self._match(model, "copy_to")
+        torch._foreach_copy_([live[n] for n in self.averages], list(self.averages.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average in the layout of ``torch.optim.swa_utils.AveragedModel``, which can load it.
+
+        That is ``n_averaged``, and the model's names after ``module.``. As a module's, it refers to
+        the tensors and does not copy them. Its ``_metadata`` has how often :meth:`update` was
+        called; when that gets lost, a resumed run takes it that the last call averaged.
+
+        Raises:
+            RuntimeError: Within :meth:`swap`.
+        """
+        self._check_not_swapped("state_dict")
+        state: OrderedDict[str, Any] = OrderedDict(
+            n_averaged=torch.tensor(self.n_averaged, device="cpu")
+        )
+        state.update({f"module.{name}": self.averages[mine] for name, mine in self._saved.items()})
+        state._metadata = {"": {"calls": self._calls}}  # type: ignore[attr-defined]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of this class or of ``AveragedModel``. Copies it.
+
+        Decay, start and the like are those of the constructor.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: It does not match; the message has the first name that differs.
+            RuntimeError: Within :meth:`swap`.
+        """
+        self._check_not_swapped("load_state_dict")
+        loaded = {n.removeprefix("module."): t for n, t in state_dict.items() if n != "n_averaged"}
+        if "n_averaged" not in state_dict:
+            raise ValueError("state_dict has no 'n_averaged'")
+        mine = {name: self.averages[first] for name, first in self._saved.items()}
+        _check_same(mine, loaded, "state_dict")
+        self.n_averaged = int(state_dict["n_averaged"])
+        guess = self._start + self.n_averaged * self._every if self.n_averaged else 0
+        metadata = getattr(state_dict, "_metadata", {}).get("", {})
+        self._calls = int(metadata.get("calls", guess))
+        for name, average in mine.items():
+            average.copy_(loaded[name])
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
+
+
+class EMA(WeightAverage):
+    """An exponential moving average of a model's weights, for any optimizer.
+
+    It begins as a copy of the weights. Then, in the t-th average (t = 1, 2, ...)::
+
+        d   = min(decay, (1 + t) / (10 + t))    or decay, without warmup
+        ema = ema + (1 - d) (weight - ema)
+
+    which is d ema + (1 - d) weight. The warm-up is that of the optimizers' ``ema_warmup`` (and of
+    TensorFlow's ``ExponentialMovingAverage``). Averages of iterates: Polyak & Juditsky 1992.
+
+    With one of our optimizers, ``ema_decay`` does the same within the step, and :class:`FusedEMA`
+    uses it.
+
+    Args:
+        model: Whose parameters to average. Not kept. Those of integers are copied.
+        decay: In [0, 1). The average looks back over about 1 / (1 - decay) updates.
+        warmup: Whether the decay grows up to that, so that a young average does not remember the
+            model's initial weights.
+        update_every: Average in every so many calls of :meth:`update`. The decay is for each
+            average, not for each call.
+        start: In so many first calls, copy the weights instead.
+        dtype: What to average in, torch.float32 or torch.float64. What is wider stays as wide.
+        device: Where to keep the average; None: where the model is.
+        buffers: ``"copy"``: the average has the model's latest. ``"average"``: those of
+            floating-point numbers are averaged as the parameters are.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of its range; or the model has no parameters.
+
+    Example::
+
+        ema = EMA(model, decay=0.999)
+        for batch in loader:
+            ...
+            optimizer.step()
+            ema.update(model)
+        with ema.swap(model):
+            evaluate(model)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        *,
+        warmup: bool = True,
+        update_every: int = 1,
+        start: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | int | None = None,
+        buffers: str = "copy",
+    ) -> None:
+        self._decay = _below_one("decay", decay)
+        self._warmup = _flag("warmup", warmup)
+        super().__init__(
+            model,
+            every=_count("update_every", update_every, 1),
+            start=_count("start", start, 0),
+            dtype=dtype,
+            device=device,
+            buffers=buffers,
+        )
+
+    @property
+    def current_decay(self) -> float:
+        """The decay of the next average."""
+        t = self.n_averaged + 1
+        return min(self._decay, (1 + t) / (10 + t)) if self._warmup else self._decay
+
+    def _weight(self) -> float:
+        return 1 - self.current_decay
+
+
+class SWA(WeightAverage):
+    """Stochastic weight averaging: the mean of a model's weights at several times, equally.
+
+    It is a running mean. With the n-th set of weights (n = 1, 2, ...)::
+
+        swa = swa + (weight - swa) / n
+
+    Until the first, the average is a copy of the weights. Izmailov et al. 2018, Averaging Weights
+    Leads to Wider Optima and Better Generalization. The learning rate should be high and constant,
+    or cyclic, meanwhile. Batch norm's statistics are not those of the averaged weights; have
+    ``torch.optim.swa_utils.update_bn(loader, model)`` find them within :meth:`swap`.
+
+    Args:
+        model: Whose parameters to average. Not kept. Those of integers are copied.
+        start: How many calls of :meth:`update`, be it steps or epochs, to let pass.
+        every: Average in every so many calls after that: at the end of each cycle.
+        dtype: As for :class:`EMA`.
+        device: As for :class:`EMA`.
+        buffers: As for :class:`EMA`.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of its range; or the model has no parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        start: int,
+        every: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | int | None = None,
+        buffers: str = "copy",
+    ) -> None:
+        super().__init__(
+            model,
+            every=_count("every", every, 1),
+            start=_count("start", start, 0),
+            dtype=dtype,
+            device=device,
+            buffers=buffers,
+        )
+
+    def _weight(self) -> float:
+        return 1 / (self.n_averaged + 1)
+
+
+class FusedEMA:
+    """The average that an optimizer keeps within its step, used as an :class:`EMA`.
+
+    The optimizer has an ``ema_decay``; its step has updated the average already, so there is no
+    ``update()``, and its checkpoint has the average, so there is no ``state_dict()``.
+
+    The optimizer knows nothing of buffers. The average has the model's own, as they are: the same
+    as ``EMA(buffers="copy")`` has right after an update. :meth:`swap` gives them back as they were.
+
+    Parameters that the optimizer does not have, or has not updated yet, are their own average.
+
+    Args:
+        optimizer: One of ours, with an ``ema_decay``.
+        model: Whose parameters it updates. Both are kept.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: The optimizer keeps no average; or a parameter that requires grad is not its.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, model: nn.Module) -> None:
+        if not isinstance(optimizer, FusedOptimizer):
+            raise TypeError(f"optimizer is none of fusedopt's: {type(optimizer).__name__}")
+        if optimizer.ema_decay is None:
+            raise ValueError("optimizer keeps no average: its ema_decay is None")
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in _module("model", model).named_parameters():
+            if p.requires_grad and id(p) not in known:
+                raise ValueError(f"model has the parameter {name!r}, which optimizer has not")
+        self._optimizer, self._model = optimizer, model
+
+    @contextmanager
+    def swap(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, the model has the average.
+
+        Whatever happens in the block, the model has its weights and buffers again after it, to the
+        bit. What the block does to buffers is dropped with that. Costs a copy of the model while it
+        lasts. All parameters of the optimizer are swapped, also those of another model.
+
+        Args:
+            model: The constructor's.
+
+        Raises:
+            ValueError: It is another.
+            RuntimeError: One block within another; or there is no ``ema_decay`` any more.
+        """
+        if model is not self._model:
+            raise ValueError("model is not the one whose parameters the optimizer updates")
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        try:
+            with self._optimizer.swap_ema():
+                yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give a model the average and the trained model's buffers, in its own dtypes, for good.
+
+        Args:
+            model: A copy, or a new model of the same class.
+
+        Raises:
+            ValueError: Its names or shapes differ; the message has the first that does.
+            RuntimeError: There is no ``ema_decay`` any more.
+        """
+        if self._optimizer.ema_decay is None:
+            raise RuntimeError("the optimizer keeps no average any more: its ema_decay is None")
+        source = dict(self._model.named_parameters())
+        state = self._optimizer.state
+        averages = {
+            name: state[p]["ema"] if "ema" in state.get(p, ()) else p for name, p in source.items()
+        }
+        averages.update(self._model.named_buffers())
+        target = _tensors_of(_module("model", model))
+        _check_same(averages, target, "the model")
+        for name, average in averages.items():
+            target[name].copy_(average)
+
+
+def _several(name: str, values: Any) -> list[Any]:
+    single = (str, os.PathLike, Mapping, nn.Sequential)  # of which some could be iterated over
+    if isinstance(values, single) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is a single {type(values).__name__}, not a sequence")
+    listed = list(values)
+    if not listed:
+        raise ValueError(f"{name} is empty")
+    return listed
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The weight of each in the running mean of it and those before; 1 for the first that has any.
+
+    A mean of equal values is that value, then, to the bit.
+    """
+    if weights is None:
+        return [1 / (i + 1) for i in range(count)]
+    listed = _several("weights", weights)
+    numbers = [_not_negative(f"weights[{i}]", weight) for i, weight in enumerate(listed)]
+    if len(numbers) != count:
+        raise ValueError(f"weights has {len(numbers)} elements for {count} to average")
+    totals = list(itertools.accumulate(numbers))
+    if not 0 < totals[-1] < math.inf:
+        raise ValueError(f"weights must have a sum that is positive and finite: {numbers}")
+    return [n / total if n else 0.0 for n, total in zip(numbers, totals, strict=True)]
+
+
+def _take_in(mean: Tensor, value: Tensor, share: float) -> None:
+    if share == 1:  # there may be anything in the mean yet
+        mean.copy_(value)
+    elif share > 0:
+        mean.lerp_(value.to(mean), share)
+
+
+@torch.no_grad()
+def average_checkpoints(
+    checkpoints: Sequence[str | os.PathLike[str] | Mapping[str, Any]],
+    *,
+    weights: Sequence[float] | None = None,
+    key: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The mean of several checkpoints of one model, such as the last ones of a run.
+
+    One after the other is read: in memory are one file's tensors and the mean, which is kept in
+    float32 (float64 for float64, complex alike). The result has the dtypes of the last checkpoint,
+    and what cannot be averaged from it: integers, masks, what is no tensor.
+
+    "Model soups": Wortsman et al. 2022, of models that were fine-tuned from the same weights.
+
+    Args:
+        checkpoints: Files (``torch.save``'s, loaded with ``weights_only=True``; and
+            ``.safetensors``, which needs no package) or state dicts; mixed if need be.
+        weights: One per checkpoint, not negative; only their ratios count. None: equal ones. What
+            has 0 is checked, and left out of the mean.
+        key: Where in each the state dict is: ``"model"``, or ``("state", "model")`` for a dict
+            within a dict. None: it is the whole.
+
+    Returns:
+        A state dict of new tensors; on the CPU, or where the first state dict's are.
+
+    Raises:
+        OSError: A file cannot be opened.
+        TypeError: An argument is of another type.
+        ValueError: The weights are no weights; a file is no checkpoint; or names, shapes or kinds
+            of numbers differ. The message has the file (or the position) and the entry.
+    """
+    sources = _several("checkpoints", checkpoints)
+    for number, source in enumerate(sources):
+        if not isinstance(source, str | os.PathLike | Mapping):
+            raise TypeError(f"checkpoints[{number}] is no path and no dict: {source!r}")
+    shares = _shares(weights, len(sources))
+    means: dict[str, Tensor] = {}
+    entries: Mapping[str, Any] = {}
+    for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        entries = {}  # lets go of the last file
+        where = f"checkpoints[{number}]" if isinstance(source, Mapping) else os.fspath(source)
+        entries = _state_dict(source, key, where)
+        if number == 0:
+            first = {name: _kind(value) for name, value in entries.items()}
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and _averaged(value):
+                    means[name] = torch.empty_like(value, dtype=wide_dtype(value))
+        _check_kinds(first, {name: _kind(value) for name, value in entries.items()}, where)
+        for name, mean in means.items():
+            # A later one may be wider.
+            wide = torch.promote_types(mean.dtype, wide_dtype(entries[name]))
+            means[name] = mean = mean.to(wide)
+            _take_in(mean, entries[name], share)
+    result: dict[str, Any] = {}
+    for name, value in entries.items():
+        if name in means:
+            result[name] = means.pop(name).to(value.dtype)
+        else:
+            result[name] = value.clone() if isinstance(value, Tensor) else value
+    return result
+
+
+def _kind(value: Any) -> tuple[str, tuple[int, ...]]:
+    """What has to be the same in all checkpoints."""
+    if not isinstance(value, Tensor):
+        return "no tensor", ()
+    if value.is_complex():
+        return "complex", tuple(value.shape)
+    return "real" if value.is_floating_point() else "integer", tuple(value.shape)
+
+
+def _check_kinds(first: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
+    for name in (*first, *other):
+        if name not in other:
+            raise ValueError(f"{where}: has no {name!r}, which the first checkpoint has")
+        if name not in first:
+            raise ValueError(f"{where}: has {name!r}, which the first checkpoint has not")
+        if other[name] != first[name]:
+            (kind, shape), (first_kind, first_shape) = other[name], first[name]
+            raise ValueError(
+                f"{where}: {name!r} is {kind}, of shape {shape}; "
+                f"in the first checkpoint {first_kind}, of shape {first_shape}"
+            )
+
+
+def _state_dict(source: Any, key: str | Sequence[str] | None, where: str) -> Mapping[str, Any]:
+    found = source if isinstance(source, Mapping) else _load(Path(source))
+    for part in [] if key is None else [key] if isinstance(key, str) else key:
+        if not isinstance(found, Mapping) or part not in found:
+            raise ValueError(f"{where}: has nothing under key {key!r}")
+        found = found[part]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: has no dict, but {type(found).__name__}; key={key!r}")
+    dicts = [name for name, value in found.items() if isinstance(value, Mapping)]
+    if not _has_tensors(found) or any(_has_tensors(found[name]) for name in dicts):
+        raise ValueError(f"{where}: is no dict of tensors; key={key!r}, and it has dicts: {dicts}")
+    return found
+
+
+def _has_tensors(found: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in found.values())
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        mapped = zipfile.is_zipfile(path)  # torch's format since 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:
+        raise not_a_checkpoint(path, error) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    header, start = safetensors_header(path)
+    memory = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            # A copy, as a view would have to be aligned, which the format does not promise.
+            part = memory[start + begin : start + end].clone()
+            tensors[name] = part.view(SAFETENSORS[entry["dtype"]]).view(entry["shape"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{path}: cannot read {name!r} ({error!r})") from error
+    return tensors
+
+
+@torch.no_grad()
+def average_predictions(
+    models: Sequence[nn.Module], *inputs: Any, weights: Sequence[float] | None = None, **named: Any
+) -> Any:
+    """The mean of what several models predict: an ensemble.
+
+    Each model is called in eval mode and without gradients; after that, all their modules are in
+    the modes they were in, also when one raises. One prediction is in memory beside the mean.
+
+    What is averaged is what the models return. The mean of logits is another prediction than the
+    mean of probabilities; for the latter, have models end in a softmax.
+
+    Args:
+        models: Called one after the other.
+        *inputs: What to call each with.
+        weights: One per model, not negative; only their ratios count. None: equal ones.
+        **named: What to call each with, by name.
+
+    Returns:
+        A tensor, or the same dicts, tuples and lists of tensors as each model returns, in the
+        dtypes of the first model's.
+
+    Raises:
+        TypeError: An argument is of another type. Or a prediction has something else than tensors
+            of floating-point numbers and None, such as classes.
+        ValueError: The weights are no weights; or the models return different structures or shapes.
+    """
+    modules = [_module(f"models[{i}]", m) for i, m in enumerate(_several("models", models))]
+    shares = _shares(weights, len(modules))
+    modes = {part: part.training for module in modules for part in module.modules()}
+    means: list[Tensor | None] = []
+    try:
+        for number, (module, share) in enumerate(zip(modules, shares, strict=True)):
+            leaves, spec = pytree.tree_flatten(module.eval()(*inputs, **named))
+            for leaf in leaves:
+                if not (leaf is None or (isinstance(leaf, Tensor) and _averaged(leaf))):
+                    what = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                    raise TypeError(f"models[{number}] returns {what}, which has no mean")
+            shapes = [None if leaf is None else leaf.shape for leaf in leaves]
+            if number == 0:
+                first, dtypes = (
+                    (spec, shapes),
+                    [leaf if leaf is None else leaf.dtype for leaf in leaves],
+                )
+                means = [
+                    None if leaf is None else torch.empty_like(leaf, dtype=wide_dtype(leaf))
+                    for leaf in leaves
+                ]
+            elif (spec, shapes) != first:
+                raise ValueError(
+                    f"models[{number}] returns another structure or other shapes than models[0]: "
+                    f"{shapes} in {spec}; {first[1]} in {first[0]}"
+                )
+            for mean, leaf in zip(means, leaves, strict=True):
+                if mean is not None:
+                    _take_in(mean, leaf, share)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    results = [m if m is None else m.to(d) for m, d in zip(means, dtypes, strict=True)]
+    return pytree.tree_unflatten(results, first[0])

@@ -1,0 +1,952 @@
+"""Averages of weights, of checkpoints and of predictions."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import struct
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import table
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import fusedopt
+from fusedopt import averaging
+from fusedopt.averaging import (
+    EMA,
+    SWA,
+    FusedEMA,
+    WeightAverage,
+    average_checkpoints,
+    average_predictions,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """With buffers of both kinds, one that is not saved, and a shared parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[3].weight = model[2].weight
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("cache", torch.ones(3), persistent=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Complex modules")
+        return model.to(dtype)
+
+
+def contents(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """To the bit, with dtypes, whatever the order."""
+    torch.testing.assert_close(dict(one), dict(other), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def disturb(model: nn.Module, step: int) -> None:
+    """Something like a step and a forward pass."""
+    generator = torch.Generator().manual_seed(step + 1)
+    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() or tensor.is_complex():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.add_(noise.to(tensor.dtype), alpha=0.1)
+        elif tensor.dtype == torch.bool:
+            tensor.logical_not_()
+        else:
+            tensor.add_(1)
+
+
+# --- EMA and SWA ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@table("options", {"plain": {"warmup": False}, "warmup": {}, "rarely": {"update_every": 3}})
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_ema_is_the_formula(
+    dtype: torch.dtype, options: dict[str, Any], start: int, buffers: str
+) -> None:
+    model = make_model(dtype)
+    ema = EMA(model, 0.5, start=start, buffers=buffers, **options)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    named = dict(model.named_buffers())
+    expected = {n: t if t.dtype != dtype else t.to(wide) for n, t in contents(model).items()}
+    for step in range(10):
+        disturb(model, step)
+        ema.update(model)
+        t, rest = divmod(step + 1 - start, options.get("update_every", 1))
+        if step < start:
+            expected = {n: v.to(expected[n].dtype) for n, v in contents(model).items()}
+        elif rest == 0:
+            decay = min(0.5, (1 + t) / (10 + t)) if options.get("warmup", True) else 0.5
+            for name, value in contents(model).items():
+                if value.dtype != dtype or (name in named and buffers == "copy"):
+                    expected[name] = value.to(expected[name].dtype)
+                else:
+                    expected[name] = decay * expected[name] + (1 - decay) * value.to(wide)
+            assert ema.n_averaged == t
+    for name, average in ema.averages.items():
+        copied = name in named and (buffers == "copy" or named[name].dtype != dtype)
+        assert average.dtype == (
+            named[name].dtype if copied else torch.promote_types(dtype, torch.float32)
+        )
+        rtol = 1e-13 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(
+            average.to(expected[name].dtype), expected[name], rtol=rtol, atol=rtol / 10
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swa_is_the_mean(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    swa, taken = SWA(model, start=2, every=3), []
+    for step in range(12):
+        disturb(model, step)
+        swa.update(model)
+        if step + 1 in (5, 8, 11):
+            taken.append(contents(model))
+        assert swa.n_averaged == len(taken)
+        if step < 4:  # the copy of the last that was let pass
+            assert not taken
+            wide = swa.averages["0.weight"].dtype
+            if step < 2:
+                latest = contents(model)["0.weight"].to(wide)
+            assert torch.equal(swa.averages["0.weight"], latest)
+    for name, _ in model.named_parameters():
+        mean = torch.stack([c[name].to(torch.complex128) for c in taken]).mean(0)
+        torch.testing.assert_close(
+            swa.averages[name].to(torch.complex128), mean, rtol=1e-6, atol=1e-7
+        )
+    assert_equal(
+        {n: swa.averages[n] for n, _ in model.named_buffers()},
+        {n: taken[-1][n] for n, _ in model.named_buffers()},
+    )
+
+
+def test_an_average_of_bfloat16_moves() -> None:
+    """torch's, in the model's dtype, does not."""
+    model = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = EMA(model, decay=0.999, warmup=False)
+    stock = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    stock.update_parameters(model)
+    with torch.no_grad():
+        model.weight.fill_(1.5)
+    for _ in range(3000):
+        ema.update(model)
+    for _ in range(10):
+        stock.update_parameters(model)
+    assert (stock.module.weight == 1.0).all()
+    expected = torch.full((8, 8), 1.5 - 0.5 * 0.999**3000)
+    torch.testing.assert_close(ema.averages["weight"], expected, rtol=1e-4, atol=0)
+
+
+def test_counters_are_not_averaged() -> None:
+    model = nn.BatchNorm1d(2)
+    averages = [EMA(model, buffers="average"), SWA(model, start=0, buffers="average")]
+    for _ in range(5):
+        model(torch.randn(4, 2))
+        for average in averages:
+            average.update(model)
+    for average in averages:
+        assert average.averages["num_batches_tracked"].item() == 5
+        assert average.averages["num_batches_tracked"].dtype == torch.int64
+        assert not torch.equal(average.averages["running_mean"], model.running_mean)
+
+
+def test_nothing_is_shared_with_the_model_or_requires_grad() -> None:
+    model = make_model()
+    for average in (EMA(model), SWA(model, start=0)):
+        average.update(model)
+        live = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+        for tensor in average.averages.values():
+            assert tensor.data_ptr() not in live
+            assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_the_fused_step_has_the_same_average(dtype: torch.dtype, warmup: bool) -> None:
+    """But for how often a product is rounded before it is added: once less in the step."""
+    model = make_model(dtype)
+    optimizer = fusedopt.SGD(model.parameters(), lr=0.1, ema_decay=0.9, ema_warmup=warmup)
+    ema = EMA(model, 0.9, warmup=warmup)
+    for step in range(50):
+        for i, p in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + i)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
+        optimizer.step()
+        ema.update(model)
+    rtol = 1e-14 if dtype == torch.float64 else 1e-6
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(
+            ema.averages[name], optimizer.state[p]["ema"], rtol=rtol, atol=rtol
+        )
+
+
+def test_current_decay() -> None:
+    model = nn.Linear(2, 2)
+    ema = EMA(model, 0.3)
+    decays = []
+    for _ in range(4):
+        decays.append(ema.current_decay)
+        ema.update(model)
+    assert decays == [2 / 11, 3 / 12, 0.3, 0.3]
+    assert EMA(model, 0.3, warmup=False).current_decay == 0.3
+
+
+@table("make", {"EMA": EMA, "SWA": lambda model, **options: SWA(model, start=0, **options)})
+def test_an_average_of_equal_weights_is_these(make: Callable[..., WeightAverage]) -> None:
+    model = make_model()
+    average = make(model)
+    for _ in range(100):
+        average.update(model)
+    assert_equal(average.averages, contents(model))
+
+
+def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one dtype, and of few elements: in each only so much is widened at once."""
+    monkeypatch.setattr(averaging, "_BATCH", 6)
+    model = nn.ModuleList(
+        nn.Linear(1, size, dtype=dtype)
+        for size in (1, 5, 2, 9, 1, 3)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    ema = EMA(model, 0.5, warmup=False)
+    before = contents(model)
+    disturb(model, 0)
+    lerp, seen = torch._foreach_lerp_, []
+
+    def watched(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+        assert len({tensor.dtype for tensor in (*means, *values)}) == 1
+        assert len(means) == 1 or sum(mean.numel() for mean in means) <= 6
+        seen.append(len(means))
+        lerp(means, values, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", watched)
+    ema.update(model)
+    assert sum(seen) == len(before)
+    assert 2 < len(seen) < len(before)
+    for name, now in contents(model).items():
+        expected = (before[name].double() + now.double()) / 2
+        torch.testing.assert_close(ema.averages[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_reads_no_value() -> None:
+    """So that nobody waits for a device: tensors without data do as well."""
+    model = make_model(torch.bfloat16).to("meta")
+    for average in (EMA(model, buffers="average"), SWA(model, start=0)):
+        for _ in range(3):
+            average.update(model)
+            with average.swap(model):
+                pass
+        assert average.n_averaged == 3
+
+
+@table(
+    "change",
+    {
+        "no bias": (lambda: nn.Sequential(nn.Linear(2, 3, bias=False)), "has no '0.bias'"),
+        "shape": (lambda: nn.Sequential(nn.Linear(3, 2)), r"'0.weight' in the shape \(2, 3\)"),
+        "more": (lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)), "has '1.weight', which"),
+        "name": (lambda: nn.ModuleList([nn.ModuleList([nn.Linear(2, 3)])]), "has no '0.weight'"),
+    },
+)
+def test_another_model_is_refused(change: tuple[Callable[[], nn.Module], str]) -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    average = EMA(model)
+    before = copy.deepcopy(average.averages)
+    other, message = change[0](), change[1]
+    for use in (average.update, average.copy_to, lambda m: average.swap(m).__enter__()):
+        with pytest.raises(ValueError, match=message):
+            use(other)
+    foreign = EMA(other).state_dict()
+    with pytest.raises(ValueError, match="state_dict has"):
+        average.load_state_dict(foreign)
+    assert_equal(average.averages, before)
+    assert average.n_averaged == 0
+    with average.swap(model):  # it is not taken to be swapped
+        pass
+
+
+@table(
+    "options",
+    {
+        "decay 1": ({"decay": 1.0}, ValueError, "decay must be at least 0 and below 1: 1.0"),
+        "decay nan": ({"decay": math.nan}, ValueError, "decay must be"),
+        "decay None": ({"decay": None}, TypeError, "decay is not a number: None"),
+        "warmup": ({"warmup": 1}, TypeError, "warmup is not True or False: 1"),
+        "every 0": ({"update_every": 0}, ValueError, "update_every must be at least 1: 0"),
+        "every True": ({"update_every": True}, TypeError, "update_every is not an integer: True"),
+        "every 1.0": ({"update_every": 1.0}, TypeError, "update_every is not an integer: 1.0"),
+        "start": ({"start": -1}, ValueError, "start must be at least 0: -1"),
+        "dtype": ({"dtype": torch.bfloat16}, ValueError, "dtype must be .*: torch.bfloat16"),
+        "device": ({"device": "nowhere"}, ValueError, "device is not a device: 'nowhere'"),
+        "buffers": ({"buffers": "both"}, ValueError, "buffers must be one of .*: 'both'"),
+        "model": ({"model": 3}, TypeError, "model is not a torch.nn.Module: 3"),
+        "nothing": ({"model": nn.ReLU()}, ValueError, "model has nothing to average"),
+    },
+)
+def test_bad_arguments(options: tuple[dict[str, Any], type[Exception], str]) -> None:
+    arguments, error, message = options
+    arguments = {"model": nn.Linear(2, 2), **arguments}
+    with pytest.raises(error, match=message):
+        EMA(**arguments)
+    if not {"decay", "warmup"} & arguments.keys():
+        arguments = {"start": 0, **arguments}
+        if "update_every" in arguments:
+            arguments["every"] = arguments.pop("update_every")
+        with pytest.raises(error, match=message.replace("update_", "")):
+            SWA(**arguments)
+
+
+# --- Using them -----------------------------------------------------------------------------------
+
+
+def averaged(model: nn.Module, **options: Any) -> EMA:
+    ema = EMA(model, 0.5, **options)
+    for step in range(3):
+        disturb(model, step)
+        ema.update(model)
+    disturb(model, 3)
+    return ema
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_swap(dtype: torch.dtype, buffers: str, fails: bool) -> None:
+    model = make_model(dtype)
+    ema = averaged(model, buffers=buffers)
+    own, averages = contents(model), {n: t.clone() for n, t in ema.averages.items()}
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+
+    def evaluate() -> None:
+        with ema.swap(model):
+            for name, value in contents(model).items():
+                assert torch.equal(value, averages[name].to(value.dtype))
+            assert addresses == [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+            if fails:
+                raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate()
+    else:
+        evaluate()
+    assert_equal(contents(model), own)
+    assert_equal(ema.averages, averages)
+    ema.update(model)  # and goes on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swap_keeps_no_copy_of_the_model(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the average's dtype; one tensor is aside at a time."""
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False, dtype=dtype) for _ in range(5)))
+    ema = EMA(model)
+    clone, clones = Tensor.clone, []
+
+    def alive() -> int:
+        return sum(reference() is not None for reference in clones)
+
+    def watched(tensor: Tensor) -> Tensor:
+        assert alive() == 0 or dtype == torch.bfloat16
+        result = clone(tensor)
+        clones.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(Tensor, "clone", watched)
+    with ema.swap(model):
+        assert len(clones) == 5
+        assert alive() == (5 if dtype == torch.bfloat16 else 0)
+
+
+def test_swap_when_memory_runs_out_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    ema = averaged(model)
+    own, averages = contents(model), {n: t.clone() for n, t in ema.averages.items()}
+    clone, left = Tensor.clone, [3]
+
+    def scarce(tensor: Tensor, **options: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise MemoryError
+        return clone(tensor, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", scarce)
+        with pytest.raises(MemoryError), ema.swap(model):
+            pytest.fail("the block is not entered")
+    assert_equal(contents(model), own)
+    assert_equal(ema.averages, averages)
+
+
+def test_no_use_within_swap() -> None:
+    model = make_model()
+    ema = averaged(model)
+    state = copy.deepcopy(ema.state_dict())
+    with ema.swap(model):
+        for name, misuse in {
+            "swap": lambda: ema.swap(model).__enter__(),
+            "update": lambda: ema.update(model),
+            "copy_to": lambda: ema.copy_to(model),
+            "state_dict": ema.state_dict,
+            "load_state_dict": lambda: ema.load_state_dict(state),
+        }.items():
+            with pytest.raises(RuntimeError, match=rf"no {name}\(\) within swap"):
+                misuse()
+    assert_equal(ema.state_dict(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_within_swap_is_told(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    ema = averaged(model)
+    own = contents(model)
+    with pytest.raises(RuntimeError, match=r"has written to '2\.bias'"), ema.swap(model):
+        nn.init.ones_(model[2].bias)
+    assert_equal(contents(model), own)
+    assert (ema.averages["2.bias"] == 1).all()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_norm_refreshed_within_swap_stays_with_the_average(
+    dtype: torch.dtype, buffers: str
+) -> None:
+    model = make_model(dtype)
+    ema = averaged(model, buffers=buffers)
+    own = contents(model)
+    with ema.swap(model):
+        update_bn([torch.randn(8, 4, dtype=dtype) for _ in range(3)], model)
+        refreshed = contents(model)
+    assert_equal(contents(model), own)
+    assert refreshed["1.num_batches_tracked"] == 3
+    with ema.swap(model):
+        assert_equal(contents(model), refreshed)
+
+
+def test_swap_within_inference_mode_and_with_a_model_that_moves() -> None:
+    model = make_model()
+    ema = averaged(model)
+    own = contents(model)
+    average = ema.averages["0.weight"].clone()
+    with torch.inference_mode(), ema.swap(model):
+        assert torch.equal(model[0].weight, average)
+    assert_equal(contents(model), own)
+    with ema.swap(model):
+        model.double().float()  # other tensors, the same values
+    assert_equal(contents(model), own)
+    disturb(model, 4)
+    ema.update(model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copy_to(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    ema = averaged(model)
+    target = copy.deepcopy(model)
+    ema.copy_to(target)
+    for name, value in contents(target).items():
+        assert torch.equal(value, ema.averages[name].to(value.dtype))
+    assert all(p.requires_grad for p in target.parameters())
+
+
+# --- Checkpoints of averages ----------------------------------------------------------------------
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@table(
+    "make",
+    {
+        "EMA": lambda model: EMA(model, 0.9, update_every=3, start=2),
+        "SWA": lambda model: SWA(model, every=3, start=2),
+    },
+)
+@pytest.mark.parametrize("at", range(9))
+def test_resumes_to_the_bit(make: Callable[[nn.Module], WeightAverage], at: int) -> None:
+    model = make_model(torch.bfloat16)
+    average = make(model)
+    for step in range(12):
+        if step == at:
+            state = through_a_file(average.state_dict())
+            average = make(make_model(torch.bfloat16))
+            average.load_state_dict(state)
+        disturb(model, step)
+        average.update(model)
+    model = make_model(torch.bfloat16)
+    straight = make(model)
+    for step in range(12):
+        disturb(model, step)
+        straight.update(model)
+    saved, expected = average.state_dict(), straight.state_dict()
+    assert_equal(saved, expected)
+    assert saved._metadata == expected._metadata
+
+
+def test_checkpoints_of_averaged_model_load_in_both_directions() -> None:
+    model = make_model()
+    ema = EMA(model, 0.5, warmup=False)
+    stock = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    stock.update_parameters(model)
+    for step in range(3):
+        disturb(model, step)
+        ema.update(model)
+        stock.update_parameters(model)
+    saved = stock.state_dict()
+    assert list(ema.state_dict()) == list(saved)
+    torch.testing.assert_close(
+        {n: t for n, t in ema.state_dict().items() if n != "n_averaged"},
+        {n: t for n, t in saved.items() if n != "n_averaged"},
+    )
+    from_stock = EMA(make_model(), 0.5, warmup=False)
+    from_stock.load_state_dict(through_a_file(saved))
+    assert from_stock.n_averaged == 4
+    from_ours = AveragedModel(make_model(), multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    assert not any(from_ours.load_state_dict(through_a_file(ema.state_dict())))
+    disturb(model, 3)
+    for average in (ema, from_stock):
+        average.update(model)
+    for average in (stock, from_ours):
+        average.update_parameters(model)
+    for state in (from_stock.state_dict(), from_ours.state_dict(), stock.state_dict()):
+        del state["n_averaged"]
+        torch.testing.assert_close({n: ema.state_dict()[n] for n in state}, dict(state))
+
+
+def test_stock_swa_goes_on_with_ours() -> None:
+    """An equal mean needs the number of models; both count alike."""
+    model = make_model()
+    swa, stock = SWA(model, start=0), AveragedModel(model)
+    for step in range(6):
+        if step == 3:
+            state = swa.state_dict()
+            swa.load_state_dict(stock.state_dict())
+            stock.load_state_dict(state)
+        disturb(model, step)
+        swa.update(model)
+        stock.update_parameters(model)
+    torch.testing.assert_close(dict(swa.state_dict()), dict(stock.state_dict()))
+
+
+def test_loading_copies_and_checks() -> None:
+    model = make_model(torch.bfloat16)
+    ema = EMA(model)
+    state = ema.state_dict()
+    saved = copy.deepcopy(state)
+    other = EMA(model)
+    other.load_state_dict(state)
+    disturb(model, 0)
+    other.update(model)
+    assert_equal(state, saved)
+    with pytest.raises(ValueError, match="no 'n_averaged'"):
+        ema.load_state_dict(model.state_dict())
+    plain = OrderedDict(saved)  # a dict that has lost what is beside its entries
+    ema.load_state_dict(dict(plain))
+    assert ema.n_averaged == 0
+
+
+# --- The average within the step ------------------------------------------------------------------
+
+
+def fused(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, fusedopt.AdamW, FusedEMA]:
+    model = make_model(dtype)
+    frozen = model[0].weight.requires_grad_(False)
+    params = [p for p in model.parameters() if p is not frozen]
+    optimizer = fusedopt.AdamW(params, lr=0.1, ema_decay=0.5)
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        model(torch.randn(8, 4, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer, FusedEMA(optimizer, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_ema_is_used_like_an_ema(dtype: torch.dtype) -> None:
+    model, optimizer, ema = fused(dtype)
+    own = contents(model)
+    expected = {
+        name: optimizer.state[p]["ema"].to(dtype) if p.requires_grad else p.detach()
+        for name, p in model.named_parameters()
+    } | {name: buffer.clone() for name, buffer in model.named_buffers()}
+    target = copy.deepcopy(model)
+    disturb(target, 0)
+    ema.copy_to(target)
+    assert_equal(contents(target), expected)
+
+    def evaluate(fails: bool) -> None:
+        with ema.swap(model):
+            assert_equal(contents(model), expected)
+            model(torch.randn(8, 4, dtype=dtype))  # in train mode: writes to buffers
+            assert not torch.equal(model[1].running_mean, expected["1.running_mean"])
+            if fails:
+                raise ZeroDivisionError
+
+    evaluate(False)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(True)
+    assert_equal(contents(model), own)
+
+
+def test_fused_ema_refuses() -> None:
+    model, optimizer, ema = fused()
+    other = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="not the one"), ema.swap(other):
+        pass
+    with pytest.raises(ValueError, match=r"has no '0\.weight'"):
+        ema.copy_to(nn.Linear(2, 2))
+    with ema.swap(model), pytest.raises(RuntimeError, match="swap_ema"), ema.swap(model):
+        pass
+    with ema.swap(model), pytest.raises(RuntimeError, match="swap_ema"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"'0\.bias', which optimizer has not"):
+        FusedEMA(optimizer, other)
+    with pytest.raises(TypeError, match="none of fusedopt's: SGD"):
+        FusedEMA(torch.optim.SGD(model.parameters(), lr=0.1), model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is not a"):
+        FusedEMA(optimizer, "model")  # type: ignore[arg-type]
+    optimizer.ema_decay = None
+    for use in (ema.copy_to, lambda m: ema.swap(m).__enter__()):
+        with pytest.raises(RuntimeError, match="ema_decay"):
+            use(model)
+    with pytest.raises(ValueError, match="keeps no average"):
+        FusedEMA(optimizer, model)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path, padding: int = 0) -> None:
+    """The format, by its description; with a header that is not aligned if wanted."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, tensor in state.items():
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        end = len(data) + flat.numel()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), end],
+        }
+        data += bytes(flat.tolist())
+    text = json.dumps(header).encode() + b" " * padding
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def make_states(count: int, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    model = make_model(dtype)
+    states = []
+    for step in range(count):
+        disturb(model, step)
+        states.append(copy.deepcopy(dict(model.state_dict())))
+    return states
+
+
+def expected_mean(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    mean = {}
+    for name, last in states[-1].items():
+        if last.is_floating_point() or last.is_complex():
+            total = sum(
+                w * s[name].to(torch.complex128) for w, s in zip(weights, states, strict=True)
+            )
+            mean[name] = total / sum(weights)
+        else:
+            mean[name] = last
+    return mean
+
+
+@pytest.mark.parametrize("kind", ["dicts", "torch", "legacy", "safetensors", "unaligned", "mixed"])
+@table("weights", {"equal": None, "given": [0.0, 3, 1.0], "last 0": [1.0, 2.0, 0.0]})
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_average_of_checkpoints(
+    dtype: torch.dtype, weights: list[float] | None, kind: str, tmp_path: Path
+) -> None:
+    states = make_states(3, dtype)
+    sources: list[Any] = []
+    for i, state in enumerate(states):
+        path = tmp_path / f"{i}.{'safetensors' if kind in ('safetensors', 'unaligned') else 'pt'}"
+        if kind == "dicts" or (kind == "mixed" and i == 1):
+            sources.append(state)
+            continue
+        if path.suffix == ".pt":
+            torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
+        else:
+            save_safetensors(state, path, padding=kind == "unaligned")
+        sources.append(path if i else str(path))
+    result = average_checkpoints(sources, weights=weights)
+    expected = expected_mean(states, weights or [1.0] * 3)
+    assert list(result) == list(expected)
+    for name, value in result.items():
+        assert value.dtype == states[-1][name].dtype
+        if value.dtype != dtype:
+            assert torch.equal(value, expected[name])
+        else:
+            rtol = {torch.float64: 1e-14, torch.bfloat16: 2**-8}.get(dtype, 1e-6)
+            torch.testing.assert_close(
+                value.to(torch.complex128), expected[name], rtol=rtol, atol=rtol / 10
+            )
+    make_model(dtype).load_state_dict(result)
+
+
+def test_counters_of_checkpoints_stay_integers() -> None:
+    """As they do not when a state dict's values are added up and divided."""
+    states = make_states(4)
+    result = average_checkpoints(states)
+    assert result["1.num_batches_tracked"].dtype == torch.int64
+    assert result["1.num_batches_tracked"].item() == 4
+    assert result["mask"].dtype == torch.bool
+
+
+def test_sums_are_wide() -> None:
+    """256 and many ones: in bfloat16 the sum stands still."""
+    states = [{"w": torch.tensor([256.0], dtype=torch.bfloat16)}]
+    states += [{"w": torch.tensor([1.0], dtype=torch.bfloat16)}] * 255
+    naive = sum(state["w"] for state in states) / 256
+    assert naive.item() == 1.0
+    assert average_checkpoints(states)["w"].item() == 1.9921875  # 511 / 256, rounded
+
+
+def test_equal_checkpoints_are_their_own_mean() -> None:
+    state = make_states(1)[0]
+    assert_equal(average_checkpoints([state] * 7), state)
+    assert_equal(average_checkpoints([state] * 3, weights=[0.1, 0.2, 0.7]), state)
+
+
+def test_results_share_no_memory() -> None:
+    for count in (1, 2):
+        states = make_states(count)
+        pointers = {t.data_ptr() for state in states for t in state.values()}
+        assert not pointers & {t.data_ptr() for t in average_checkpoints(states).values()}
+
+
+def test_a_wider_checkpoint_widens_the_sum() -> None:
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    result = average_checkpoints([{"w": torch.zeros(1)}, {"w": third}])["w"]
+    assert result.dtype == torch.float64
+    assert result.item() == 1 / 6
+
+
+def test_what_has_no_weight_may_be_nan() -> None:
+    states = [{"w": torch.tensor(x)} for x in (math.nan, 3.0, 5.0, math.inf)]
+    assert average_checkpoints(states, weights=[0, 1, 1, 0])["w"].item() == 4.0
+
+
+@table("key", {"one": "model", "path": ("state", "model")})
+def test_key(key: str | tuple[str, ...], tmp_path: Path) -> None:
+    states = make_states(2)
+    trees = [{"model": s, "epoch": i} for i, s in enumerate(states)]
+    if key != "model":
+        trees = [{"state": tree} for tree in trees]
+    torch.save(trees[1], tmp_path / "b.pt")
+    result = average_checkpoints([trees[0], tmp_path / "b.pt"], key=key)
+    assert_equal(result, average_checkpoints(states))
+
+
+def test_only_one_file_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before is gone when the next is loaded."""
+    for i, state in enumerate(make_states(3)):
+        torch.save(OrderedDict(state), tmp_path / f"{i}.pt")
+    load, loaded = torch.load, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        assert options["weights_only"] is True
+        assert options["mmap"] is True
+        assert all(reference() is None for reference in loaded)
+        result = load(*args, **options)
+        loaded.append(weakref.ref(result["0.weight"]))
+        return result
+
+    monkeypatch.setattr(torch, "load", watched)
+    average_checkpoints([tmp_path / f"{i}.pt" for i in range(3)])
+    assert len(loaded) == 3
+
+
+W, V = {"w": torch.ones(2)}, {"v": torch.ones(2)}
+
+
+@table(
+    "call",
+    {
+        "missing": ([W, V], {}, ValueError, r"checkpoints\[1\]: has no 'w'"),
+        "more": ([W, {**W, **V}], {}, ValueError, r"checkpoints\[1\]: has 'v', which"),
+        "shape": (
+            [W, {"w": torch.ones(3)}],
+            {},
+            ValueError,
+            r"\[1\]: 'w' is real, of shape \(3,\)",
+        ),
+        "kind": ([W, {"w": torch.ones(2, dtype=torch.int64)}], {}, ValueError, "'w' is integer"),
+        "no tensor": (
+            [{**W, "v": 3.0}, {**W, **V}],
+            {},
+            ValueError,
+            "the first checkpoint no tensor",
+        ),
+        "empty": ([], {}, ValueError, "checkpoints is empty"),
+        "single path": ("a.pt", {}, TypeError, "checkpoints is a single str"),
+        "single dict": (W, {}, TypeError, "checkpoints is a single dict"),
+        "number": (3, {}, TypeError, "checkpoints is a single int"),
+        "element": ([W, 3], {}, TypeError, r"checkpoints\[1\] is no path and no dict: 3"),
+        "few weights": ([W, W], {"weights": [1]}, ValueError, "weights has 1 elements for 2"),
+        "negative": ([W, W], {"weights": [1, -1]}, ValueError, r"weights\[1\] must be .*: -1"),
+        "nan": ([W, W], {"weights": [1, math.nan]}, ValueError, r"weights\[1\] must be .*: nan"),
+        "text": ([W, W], {"weights": "11"}, TypeError, "weights is a single str"),
+        "zero": ([W, W], {"weights": [0, 0]}, ValueError, r"weights must .*: \[0.0, 0.0\]"),
+        "huge": ([W, W], {"weights": [1e308, 1e308]}, ValueError, "weights must have a sum"),
+        "no key": ([W], {"key": "model"}, ValueError, r"\[0\]: has nothing under key 'model'"),
+        "not there": ([W], {"key": ("w", "x")}, ValueError, "has nothing under key"),
+        "no dict": ([W], {"key": "w"}, ValueError, "has no dict, but Tensor"),
+        "nested": ([{"model": W}], {}, ValueError, r"has dicts: \['model'\]"),
+        "both": ([{"t": torch.ones(()), "model": W}], {}, ValueError, r"has dicts: \['model'\]"),
+        "nothing": ([{}], {}, ValueError, "is no dict of tensors"),
+    },
+)
+def test_checkpoints_that_do_not_fit(
+    call: tuple[Any, dict[str, Any], type[Exception], str],
+) -> None:
+    checkpoints, options, error, message = call
+    with pytest.raises(error, match=message):
+        average_checkpoints(checkpoints, **options)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        average_checkpoints([tmp_path / "absent.pt"])
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"no checkpoint at all")
+        with pytest.raises(ValueError, match=rf"{name}: not a"):
+            average_checkpoints([W, tmp_path / name])
+    torch.save({"w": torch.ones(3)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"b.pt: 'w' is real, of shape \(3,\)"):
+        average_checkpoints([W, tmp_path / "b.pt"])
+    path = tmp_path / "b.safetensors"
+    save_safetensors(W, path)
+    for old, new in ((b'"F32"', b'"F99"'), (b'"shape": [2]', b'"shape": [3]')):
+        path.write_bytes(path.read_bytes().replace(old, new))
+        with pytest.raises(ValueError, match=r"b.safetensors: cannot read 'w'"):
+            average_checkpoints([path])
+        save_safetensors(W, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"b.safetensors: cannot read 'w'"):
+        average_checkpoints([path])
+
+
+# --- Predictions ----------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A model that returns what it is told to, made from its scale and input."""
+
+    def __init__(self, scale: float, output: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.part = nn.Dropout()
+        self.output = output
+
+    def forward(self, x: Tensor) -> Any:
+        assert not self.training
+        assert not self.part.training
+        assert not torch.is_grad_enabled()
+        return self.output(self.scale * x)
+
+
+STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, 2 * y),
+    "dict": lambda y: {"logits": y, "more": [2 * y, None]},
+}
+
+
+@table("output", STRUCTURES)
+@table("weights", {"equal": None, "given": [1, 0, 3]})
+def test_average_of_predictions(
+    output: Callable[[Tensor], Any], weights: list[float] | None
+) -> None:
+    models = [Returns(scale, output) for scale in (1.0, 2.0, 6.0)]
+    x = torch.tensor([1.0, 10.0])
+    result = average_predictions(models, x, weights=weights)
+    factor = 3.0 if weights is None else 4.75
+    expected = output(factor * x)
+    flat = torch.utils._pytree.tree_flatten
+    assert flat(result)[1] == flat(expected)[1]
+    for mine, right in zip(flat(result)[0], flat(expected)[0], strict=True):
+        assert mine is right or torch.allclose(mine, right)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_are_restored_part_by_part(fails: bool) -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    models = [Returns(1.0, STRUCTURES["tensor"]), Returns(1.0, fail if fails else torch.neg)]
+    models[0].part.eval()
+    models[1].eval()
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            average_predictions(models, torch.ones(2))
+    else:
+        assert not average_predictions(models, torch.ones(2)).any()
+    assert [(m.training, m.part.training) for m in models] == [(True, False), (False, False)]
+
+
+def test_predictions_of_bfloat16_are_summed_wide() -> None:
+    models = [Returns(s, lambda y: y.bfloat16()) for s in [256.0] + 255 * [1.0]]
+    result = average_predictions(nn.ModuleList(models), x=torch.ones(1))
+    assert result.dtype == torch.bfloat16
+    assert result.item() == 1.9921875  # 511 / 256, rounded
+
+
+IDENTITY = Returns(1.0, STRUCTURES["tensor"])
+
+
+@table(
+    "call",
+    {
+        "classes": ([Returns(1.0, torch.argmax)], {}, TypeError, r"\[0\] returns torch.int64"),
+        "text": ([Returns(1.0, str)], {}, TypeError, r"models\[0\] returns str"),
+        "structure": ([IDENTITY, Returns(1.0, STRUCTURES["tuple"])], {}, ValueError, "another"),
+        "shape": ([IDENTITY, Returns(1.0, torch.sum)], {}, ValueError, r"models\[1\] returns ano"),
+        "single": (nn.Sequential(nn.ReLU()), {}, TypeError, "models is a single Sequential"),
+        "no model": ([IDENTITY, 3], {}, TypeError, r"models\[1\] is not a torch.nn.Module: 3"),
+        "empty": ([], {}, ValueError, "models is empty"),
+        "weights": ([IDENTITY], {"weights": [1, 2]}, ValueError, "weights has 2 elements for 1"),
+    },
+)
+def test_predictions_that_have_no_mean(
+    call: tuple[Any, dict[str, Any], type[Exception], str],
+) -> None:
+    models, options, error, message = call
+    with pytest.raises(error, match=message):
+        average_predictions(models, torch.ones(2), **options)
