@@ -50,13 +50,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def noise(values: Sequence[float]) -> float:
-    """The standard deviation of a curve's noise, from the differences of neighbours.
+    """The standard deviation of a curve's noise, from how far points lie off their neighbours.
 
-    Their median, so that neither the trend nor a jump counts: for normal noise the median of
-    absolute values is 0.6745 standard deviations, and a difference has the noise of both.
+    The median of a - 2 b + c over neighbours a, b, c, so that neither the trend nor a jump counts:
+    for normal noise the median of absolute values is 0.6745 standard deviations, and that sum has
+    6 times the noise's variance.
     """
-    differences = [abs(b - a) for a, b in pairwise(values)]
-    return statistics.median(differences) / (0.6745 * math.sqrt(2)) if differences else 0.0
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return statistics.median(bends) / (0.6745 * math.sqrt(6)) if bends else 0.0
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -353,15 +354,15 @@ class Thresholds:
     Attributes:
         least_points: Fewer than this have no tenths.
         significant: Curves are compared in some ten places, so that 2 would be exceeded by chance.
-        flat: A loss that has lost less than this part of its start has not fallen: on ten classes
-            that is an accuracy of about 12%.
+        flat: A loss that has lost less than this part of its start has not fallen: as much comes
+            from learning how frequent the classes are.
         slow: A loss that has lost less than this part, and still falls as at first, trains slowly.
         high: A loss that ends above this part of its start, and flat, is high. Where labels are
             noisy, the best possible loss may be as high: raise it there.
         wait: A loss that stays where it starts for this part of the run is stuck. Warmups are
             shorter.
-        still: A curve that gains this part of its whole gain in its last eighth is not done; one
-            that approaches its end exponentially with a time constant of n/5 gains 1%.
+        still: A curve that wins this part of its whole gain within its last quarter is not done;
+            one that approaches its end with a time constant of a fifth of the run wins 2% there.
         rise: An overfitted validation loss has lost this part of what it had gained.
         gap: Validation loss above training loss, as a part of the former: at one half the
             training loss is half of it.
@@ -381,7 +382,7 @@ class Thresholds:
     slow: float = 0.3
     high: float = 0.5
     wait: float = 0.2
-    still: float = 0.02
+    still: float = 0.03
     rise: float = 0.1
     gap: float = 0.5
     swing: float = 0.2
@@ -488,22 +489,25 @@ class _Curve:
         return statistics.median(spreads)
 
     def gain(self, sign: float) -> tuple[float, float]:
-        """What the last eighth has won over the one before, and what that must exceed.
+        """What the last quarter has won, from end to end, and what that must exceed.
 
         A ``sign`` of 1 is for curves that should fall, -1 for those that should rise.
         """
-        part = max(3, len(self.values) // 8)
-        now = mean(self.values[-part:])
-        before = mean(self.values[-2 * part : -part])
-        return sign * (before - now), self.real(part)
+        quarter = self.values[-max(3, len(self.values) // 4) :]
+        # The variance of a slope over n points is 12 / n^3 times the noise's.
+        return -sign * _slope(quarter) * len(quarter), self._noise * math.sqrt(12 / len(quarter))
+
+
+def _slope(values: Sequence[float]) -> float:
+    """Of the line that fits best, for each point."""
+    middle = (len(values) - 1) / 2
+    products = sum((i - middle) * value for i, value in enumerate(values))
+    return products / sum((i - middle) ** 2 for i in range(len(values)))
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The standard deviation around the line that fits best."""
-    middle, level = (len(values) - 1) / 2, mean(values)
-    slope = sum((i - middle) * (value - level) for i, value in enumerate(values)) / sum(
-        (i - middle) ** 2 for i in range(len(values))
-    )
+    """The standard deviation around that line."""
+    middle, level, slope = (len(values) - 1) / 2, mean(values), _slope(values)
     left = [value - level - slope * (i - middle) for i, value in enumerate(values)]
     return math.sqrt(sum(x * x for x in left) / (len(values) - 2))
 
@@ -514,6 +518,8 @@ def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
     if fall <= needed:
         return None
     bound = curve.start - max(limits.flat * fall, curve.real())
+    if curve.start - bound > limits.wait * fall / 2:
+        return None  # a steady fall would take as long to rise out of the noise
     stuck = next(i for i, level in enumerate(curve.levels) if level < bound)
     if stuck < limits.wait * len(curve.values):
         return None
@@ -609,14 +615,17 @@ def _diverged(
     if len(values) < limits.least_points:
         return None
     curve = _Curve(steps, values, limits)
-    fallen, risen = curve.start - curve.best, curve.end - curve.best
+    # The end of an explosion is short. A single outlier is none.
+    end = min(values[-3:])
+    fallen, risen = curve.start - curve.best, end - curve.best
     if fallen > max(curve.real(), limits.flat * abs(curve.start)):
-        lost = risen > limits.lost * fallen
+        lost = risen > max(limits.lost * fallen, curve.real(3))
     else:
-        lost = curve.end > curve.start + max(curve.real(), (limits.exploded - 1) * abs(curve.start))
+        risen = end - curve.start
+        lost = risen > max((limits.exploded - 1) * abs(curve.start), curve.real(3))
     if not lost:
         return None
-    return _finding("DIVERGED", start=curve.start, best=curve.best, end=curve.end)
+    return _finding("DIVERGED", start=curve.start, best=curve.best, end=end)
 
 
 def diagnose(
