@@ -518,8 +518,8 @@ def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
     if fall <= needed:
         return None
     bound = curve.start - max(limits.flat * fall, curve.real())
-    if curve.start - bound > limits.wait * fall / 2:
-        return None  # a steady fall would take as long to rise out of the noise
+    if not curve.best < bound or curve.start - bound > limits.wait * fall / 2:
+        return None  # a steady fall, too, would take long to show beside the noise
     stuck = next(i for i, level in enumerate(curve.levels) if level < bound)
     if stuck < limits.wait * len(curve.values):
         return None

@@ -449,8 +449,9 @@ def test_evidence() -> None:
 def test_other_names_and_order() -> None:
     history = History()
     for step in range(100):
-        history.append(step, t=2.0, v=1.0 + step / 100, train_loss=math.nan)
-    assert codes(diagnose(history, train="t", val="v")) == ["LR_TOO_HIGH_PLATEAU", "OVERFITTING"]
+        history.append(step, t=late(step / 100), v=0.1 * step, a=step, train_loss=math.nan)
+    found = codes(diagnose(history, train="t", val="v", accuracy="a"))
+    assert found == ["BAD_INIT", "OVERFITTING", "STILL_IMPROVING"]
 
 
 def test_thresholds_are_used() -> None:
