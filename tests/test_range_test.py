@@ -622,7 +622,7 @@ def trained_loss(make: Callable[..., Any], lr: float) -> float:
     },
 )
 def test_the_suggestion_trains_well(make: Callable[..., Any]) -> None:
-    """Within a factor of 4 of the best constant rate of a grid, and nearly to its loss."""
+    """Within a factor of 6 of the best constant rate of a grid, and 1.5 times its loss."""
     grid = {lr: trained_loss(make, lr) for lr in (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
     best = min(grid, key=grid.__getitem__)
     assert max(grid.values()) > 4 * grid[best]  # the choice matters
@@ -638,7 +638,7 @@ def test_the_suggestion_trains_well(make: Callable[..., Any]) -> None:
         suggestion = found.suggest()
         assert found.diverged
         assert suggestion is not None
-        assert best / 4 < suggestion < best * 4
+        assert best / 6 < suggestion < best * 6
         assert trained_loss(make, suggestion) < 1.5 * grid[best]
 
 
