@@ -527,7 +527,9 @@ def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
     return _finding("BAD_INIT", until_step=curve.steps[stuck], part=part, start=curve.start)
 
 
-def _level(train: _Curve, val: _Curve | None, best: _Curve, sign: float, limits: Thresholds) -> Any:
+def _level(
+    train: _Curve, val: _Curve | None, best: _Curve, sign: float, limits: Thresholds
+) -> Finding | None:
     """Where training has ended: at most one of four findings."""
     fall = train.start - train.end
     part = fall / abs(train.start) if train.start else math.inf
@@ -606,24 +608,22 @@ def _decayed_too_early(
     return None
 
 
-def _diverged(
-    name: str, steps: Sequence[int], values: Sequence[float], limits: Thresholds
-) -> Finding | None:
+def _nonfinite(name: str, steps: Sequence[int], values: Sequence[float]) -> Finding | None:
     bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
-    if bad:
-        return _finding("DIVERGED", first_step=bad[0], **{f"nonfinite_{name}": len(bad)})
-    if len(values) < limits.least_points:
+    if not bad:
         return None
-    curve = _Curve(steps, values, limits)
+    return _finding("DIVERGED", first_step=bad[0], **{f"nonfinite_{name}": len(bad)})
+
+
+def _exploded(curve: _Curve, limits: Thresholds) -> Finding | None:
     # The end of an explosion is short. A single outlier is none.
-    end = min(values[-3:])
-    fallen, risen = curve.start - curve.best, end - curve.best
+    end = min(curve.values[-3:])
+    fallen = curve.start - curve.best
     if fallen > max(curve.real(), limits.flat * abs(curve.start)):
-        lost = risen > max(limits.lost * fallen, curve.real(3))
+        risen, allowed = end - curve.best, limits.lost * fallen
     else:
-        risen = end - curve.start
-        lost = risen > max((limits.exploded - 1) * abs(curve.start), curve.real(3))
-    if not lost:
+        risen, allowed = end - curve.start, (limits.exploded - 1) * abs(curve.start)
+    if risen <= max(allowed, curve.real(3)):
         return None
     return _finding("DIVERGED", start=curve.start, best=curve.best, end=end)
 
@@ -664,21 +664,24 @@ def diagnose(
     def points(name: str) -> tuple[list[int], list[float]]:
         return history.points(name) if name in history else ([], [])
 
-    failed = [_diverged(train, *points(train), limits), _diverged(val, *points(val), limits)]
-    diverged = failed[0] or (failed[1] if failed[1] and not _finite(points(val)[1]) else None)
-    if diverged:
-        return [diverged]
+    for name in (train, val):
+        failed = _nonfinite(name, *points(name))
+        if failed:
+            return [failed]
     curves = {}
     findings: list[Finding | None] = []
     for name in (train, val, accuracy):
-        steps, values = points(name)
-        if len(values) >= limits.least_points and _finite(values):
-            curves[name] = _Curve(steps, values, limits)
-        elif values or name == train:
-            evidence = {f"points_of_{name}": len(values), "needed": limits.least_points}
+        pairs = [pair for pair in zip(*points(name), strict=True) if math.isfinite(pair[1])]
+        if len(pairs) >= limits.least_points:
+            curves[name] = _Curve([step for step, _ in pairs], [y for _, y in pairs], limits)
+        elif pairs or name == train:
+            evidence = {f"points_of_{name}": len(pairs), "needed": limits.least_points}
             findings.append(_finding("INSUFFICIENT_DATA", **evidence))
     if train in curves:
         first, second = curves[train], curves.get(val)
+        failed = _exploded(first, limits)
+        if failed:
+            return [failed]
         best, sign = (curves[accuracy], -1) if accuracy in curves else (second or first, 1)
         findings.append(_level(first, second, best, sign, limits))
         findings.append(_bad_init(first, limits))
@@ -688,7 +691,3 @@ def diagnose(
             findings.append(_overfitting(first, second, limits))
     order = ("error", "warning", "info")
     return sorted(filter(None, findings), key=lambda finding: order.index(finding.severity))
-
-
-def _finite(values: Sequence[float]) -> bool:
-    return all(map(math.isfinite, values))

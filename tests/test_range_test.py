@@ -207,6 +207,20 @@ def test_whoever_replaces_things_gets_them_back() -> None:
     assert everything(setting) == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of CUDA's generators")
+def test_cuda_generators_are_restored() -> None:
+    setting = Setting(adamw())
+    torch.rand(1, device="cuda")
+    before = torch.cuda.get_rng_state()
+
+    def closure(batch: Any) -> Tensor:
+        torch.rand(9, device="cuda")
+        return setting.closure(batch)
+
+    setting.sweep(closure=closure)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 def test_an_open_window_is_refused() -> None:
     setting = Setting(adamw())
     setting.closure(setting.batches[0]).backward()
