@@ -1,0 +1,226 @@
+"""Training steps that leave no trace: what the learning-rate range test and the checks share."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """An argument that must be an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is not an integer: {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}: {value!r}")
+    return value
+
+
+def _overwrite(tensor: Tensor, content: Tensor, grad: Tensor | None) -> None:
+    same = tensor.shape == content.shape and tensor.dtype == content.dtype
+    # Elements that share memory, as expand() makes them, cannot be written one by one.
+    if same and tensor.device == content.device and 0 not in tensor.stride():
+        with torch.no_grad():
+            tensor.copy_(content)
+    else:
+        tensor.data = content
+    if tensor.is_leaf:
+        tensor.grad = grad
+
+
+def _refill_dict(target: dict[Any, Any], content: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(content)
+
+
+def _refill_list(target: list[Any], content: list[Any]) -> None:
+    target[:] = content
+
+
+class _Snapshot:
+    """Remembers what objects hold and puts it back into the very same objects.
+
+    It follows dicts, lists, tuples, modules and optimizers. Of tensors it makes copies, so nothing
+    that is written later reaches them; gradients are set aside and not copied, because
+    :meth:`set_gradients_aside` has backward make new ones. All else is kept by reference.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}  # objects by id; being held, they keep their id
+        self._undo: list[Callable[[], None]] = []
+        self._leaves: list[Tensor] = []
+
+    def keep(self, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        inside: list[Any] = []
+        if isinstance(value, Tensor):
+            grad = value.grad if value.is_leaf else None
+            self._undo.append(partial(_overwrite, value, value.detach().clone(), grad))
+            if grad is not None:
+                self._leaves.append(value)
+        elif isinstance(value, dict):
+            self._undo.append(partial(_refill_dict, value, dict(value)))
+            inside = [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            self._undo.append(partial(_refill_list, value, list(value)))
+            inside = value
+        elif isinstance(value, tuple):
+            inside = list(value)
+        elif isinstance(value, torch.nn.Module):
+            # Scripted modules do not have their tensors in __dict__.
+            inside = [vars(value), *value.parameters(), *value.buffers()]
+        elif isinstance(value, torch.optim.Optimizer):
+            inside = [vars(value)]
+        for each in inside:
+            self.keep(each)
+
+    def set_gradients_aside(self) -> None:
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def restore(self) -> None:
+        for undo in self._undo:
+            undo()
+
+
+def _keep_rng() -> Callable[[], None]:
+    """A function that sets all random number generators back to where they are now."""
+    undo: list[Callable[[], Any]] = [
+        partial(random.setstate, random.getstate()),
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    if torch.cuda.is_initialized():
+        undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+
+    def restore() -> None:
+        for each in undo:
+            each()
+
+    return restore
+
+
+def _keep_other(value: Any) -> Callable[[], Any]:
+    """A function that gives its state back to an object that is not a module."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    return partial(value.load_state_dict, copy.deepcopy(value.state_dict()))
+
+
+def check_arguments(
+    optimizer: torch.optim.Optimizer, stateful: Sequence[Any], scaler: Any = None
+) -> None:
+    """What :func:`trial` refuses, told before anything is looked at more closely."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is not a torch.optim.Optimizer: {optimizer!r}")
+    if not isinstance(stateful, (tuple, list)):
+        raise TypeError(
+            f"stateful is not a tuple or list, as (model,) would be: {type(stateful).__name__}"
+        )
+    for index, value in enumerate(stateful):
+        known = isinstance(value, torch.Generator) or (
+            hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+        )
+        if not known:
+            raise TypeError(
+                f"stateful[{index}] has no state_dict() and load_state_dict(), and is no "
+                f"torch.Generator: {type(value).__name__}"
+            )
+    if scaler is not None and not all(hasattr(scaler, n) for n in ("scale", "step", "update")):
+        raise TypeError(f"scaler is not a GradScaler: {scaler!r}")
+    states = optimizer.state.values()
+    if any(isinstance(state, dict) and int(state.get("grad_count", 0)) for state in states):
+        raise RuntimeError(
+            "accumulate() has gradients that no step() has used: step() or zero_grad() first"
+        )
+
+
+@contextmanager
+def trial(
+    optimizer: torch.optim.Optimizer, stateful: Sequence[Any], scaler: Any = None
+) -> Iterator[None]:
+    """Within the block one may train; after it, everything is as it was, bit for bit.
+
+    However the block ends. Back are: parameters, gradients, buffers (also those that are not
+    persistent), other attributes and the mode of all modules; state, groups and other attributes
+    of the optimizer, a learning rate in a tensor included; the scaler; Python's, NumPy's and
+    torch's generators on the CPU and on CUDA (where in use before). Tensors stay the same objects
+    and keep their memory. It takes a copy of all these tensors where they are.
+
+    Args:
+        optimizer: Any. Its parameters count as given, in ``stateful`` or not.
+        stateful: Modules, generators, and other objects with ``state_dict`` and
+            ``load_state_dict``.
+        scaler: A ``torch.amp.GradScaler``, or None.
+
+    Raises:
+        TypeError: An argument is of another kind.
+        RuntimeError: The optimizer has a window of ``accumulate()`` open.
+    """
+    check_arguments(optimizer, stateful, scaler)
+    snapshot = _Snapshot()
+    # check_arguments() has asked for the state: a fused optimizer trusts nothing that it knew.
+    snapshot.keep(optimizer)
+    if isinstance(optimizer, FusedOptimizer):
+        snapshot.keep(optimizer._reports())  # the norm and the count of skipped steps on devices
+    modules = [each for each in stateful if isinstance(each, torch.nn.Module)]
+    snapshot.keep(modules)
+    if scaler is not None:
+        snapshot.keep(vars(scaler))
+    others = [_keep_other(each) for each in stateful if not isinstance(each, torch.nn.Module)]
+    restore_rng = _keep_rng()
+    try:
+        snapshot.set_gradients_aside()
+        yield
+    finally:
+        for restore in others:  # first, because a scheduler may write into the groups
+            restore()
+        optimizer.state  # noqa: B018 # as above
+        snapshot.restore()
+        restore_rng()
+
+
+def train_step(
+    closure: Callable[[Any], Tensor],
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: Any = None,
+) -> float:
+    """One step along the mean of the batches' gradients. Returns the mean loss before it.
+
+    A loss that is not finite is returned at once: there is no step then.
+    """
+    optimizer.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = closure(batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"closure(batch) must return a loss, a tensor of one number: {loss!r}")
+        if not loss.requires_grad:
+            raise ValueError("closure(batch) must return a loss that backward() can start from")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value
+        total += value / len(batches)
+        share = loss / len(batches)
+        (share if scaler is None else scaler.scale(share)).backward()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return total

@@ -1,0 +1,497 @@
+"""Histories keep exact numbers and show them; diagnoses fire on their curves and on no others."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import table
+
+from fusedopt.history import (
+    ADVICE,
+    BARS,
+    Finding,
+    History,
+    Thresholds,
+    diagnose,
+    ewma,
+    noise,
+    sparkline,
+)
+
+# Histories ----------------------------------------------------------------------------------------
+
+
+def awkward() -> History:
+    """Gaps, nan, inf, and numbers that need all their digits."""
+    history = History()
+    history.append(0, train_loss=0.1 + 0.2, lr=1e-3)
+    history.append(3, train_loss=math.nan)
+    history.append(3, **{"val, loss": -math.inf})
+    history.append(10, train_loss=math.inf, lr=5e-324)
+    history.append(11)
+    history.append(12, train_loss=-0.0, lr=1.7976931348623157e308)
+    return history
+
+
+def test_rows_and_gaps() -> None:
+    history = awkward()
+    assert len(history) == 5
+    assert history.steps == [0, 3, 10, 11, 12]
+    assert history.names == ["train_loss", "lr", "val, loss"]
+    assert history["lr"] == [1e-3, None, 5e-324, None, 1.7976931348623157e308]
+    assert history["val, loss"] == [None, -math.inf, None, None, None]
+    assert history.points("lr") == ([0, 10, 12], [1e-3, 5e-324, 1.7976931348623157e308])
+    assert "lr" in history
+    assert "accuracy" not in history
+    with pytest.raises(KeyError, match=r"no column 'loss'; there are \['train_loss'"):
+        history["loss"]
+
+
+def test_tensors_become_numbers() -> None:
+    history = History()
+    history.append(1, a=torch.tensor(0.1, dtype=torch.float64), b=torch.tensor(3), c=2)
+    assert [history[name] for name in "abc"] == [[0.1], [3.0], [2.0]]
+    assert all(type(history[name][0]) is float for name in "abc")
+
+
+@table(
+    "wrong",
+    {
+        "earlier step": ((2,), {"a": 1.0}, ValueError, "step .* last one, 5: 2"),
+        "float step": ((6.0,), {"a": 1.0}, TypeError, "step is not an integer: 6.0"),
+        "bool step": ((True,), {"a": 1.0}, TypeError, "step is not an integer: True"),
+        "twice": ((5,), {"b": 1.0, "a": 2.0}, ValueError, "step 5 has a a already: 2.0"),
+        "called step": ((6,), {"step": 1.0}, ValueError, "cannot be called step: 1.0"),
+        "text": ((6,), {"b": 1.0, "a": "x"}, TypeError, "a is not a number: 'x'"),
+        "None": ((6,), {"a": None}, TypeError, "a is not a number: None"),
+        "vector": ((6,), {"a": torch.ones(2, device="cpu")}, TypeError, "a is not a number"),
+    },
+)
+def test_wrong_rows_change_nothing(wrong: Any) -> None:
+    args, metrics, error, message = wrong
+    history = History()
+    history.append(5, a=1.0)
+    with pytest.raises(error, match=message):
+        history.append(*args, **metrics)
+    assert history.state_dict() == {"steps": [5], "columns": {"a": [1.0]}}
+
+
+def bits(history: History) -> dict[str, list[str]]:
+    return {name: [repr(value) for value in history[name]] for name in history.names}
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("make", [awkward, History], ids=["awkward", "empty"])
+def test_files_are_exact(kind: str, make: Callable[[], History], tmp_path: Path) -> None:
+    history, path = make(), tmp_path / "history"
+    getattr(history, f"to_{kind}")(path)
+    back = getattr(History, f"from_{kind}")(path)
+    assert back.steps == history.steps
+    assert bits(back) == bits(history)
+    assert back == history
+    back.append(99, train_loss=0.0)
+    assert back != history
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    awkward().to_json(tmp_path / "history")
+    text = (tmp_path / "history").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+@table(
+    "text",
+    {
+        "empty": "",
+        "no steps": "a,b\n1,2\n",
+        "ragged": "step,a\n1,2\n3\n",
+        "twice": "step,a,a\n1,2,3\n",
+        "words": "step,a\n1,x\n",
+        "falling": "step,a\n2,1.0\n1,1.0\n",
+        "no values": "step,a\n1,\n",
+    },
+)
+def test_csv_that_is_no_history(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"some\.csv holds no history"):
+        History.from_csv(path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"step": 1}', '{"step": ["1"], "a": []}'])
+def test_json_that_is_no_history(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"some\.json holds no history"):
+        History.from_json(path)
+
+
+def test_state_dict() -> None:
+    history = awkward()
+    file = io.BytesIO()
+    torch.save(history.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    back = History()
+    back.load_state_dict(state)
+    assert back == history
+    back.append(20, train_loss=1.0)  # shares nothing with what it came from
+    state["steps"].append(0)
+    assert len(state["columns"]["lr"]) == 5
+    assert back.steps[-1] == 20
+    with pytest.raises(ValueError, match="a has 2 rows, but there are 1 steps"):
+        back.load_state_dict({"steps": [1], "columns": {"a": [1.0, 2.0]}})
+    assert len(back) == 6
+
+
+# Views --------------------------------------------------------------------------------------------
+
+
+def test_ewma_is_the_one_of_the_definition() -> None:
+    assert ewma([4.0, 2.0, 8.0], 0.5) == [4.0, 3.0, 5.5]
+    assert ewma([4.0, 2.0]) == pytest.approx([4.0, 3.8])
+    smooth = ewma([4.0, math.nan, 2.0, math.inf], 0.5)
+    assert math.isnan(smooth[1])
+    assert (smooth[0], smooth[2], smooth[3]) == (4.0, 3.0, math.inf)
+    assert ewma([]) == []
+    for beta in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=f"beta must be at least 0 and below 1: {beta}"):
+            ewma([1.0], beta)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_measured_beside_trend_and_jump(seed: int) -> None:
+    rng = random.Random(seed)
+    values = [5 - 0.001 * i - 3 * (i > 500) + rng.gauss(0, 0.1) for i in range(1000)]
+    assert noise(values) == pytest.approx(0.1, rel=0.15)
+    assert noise([1.0]) == 0.0
+
+
+def test_sparkline() -> None:
+    assert sparkline([float(i) for i in range(8)]) == BARS
+    assert sparkline([float(i) for i in range(8000)], 8) == BARS
+    assert sparkline([1.0, math.nan, 2.0, math.inf, -math.inf]) == "▁×█××"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([1e308, -1e308]) == "▁▁"
+    assert sparkline([math.inf, -math.inf, 1e308, 1e308], 2) == "××"
+    assert sparkline([]) == ""
+
+
+def test_text() -> None:
+    history = History()
+    assert str(history) == "History: no steps yet"
+    assert history.line() == "no steps yet"
+    assert repr(history) == "History(0 rows: no columns)"
+    for step in range(8):
+        history.append(step, train_loss=8.0 - step)
+    history.append(8, val_loss=math.nan)
+    assert history.line() == f"step 8  train_loss 1 {BARS[::-1]}  val_loss nan ×"
+    lines = str(history).split("\n")
+    assert lines[0] == "History: 9 rows, steps 0 to 8"
+    assert lines[1].split() == ["train_loss", "last", "1", "1", "to", "8", BARS[::-1]]
+    assert lines[2].split() == ["val_loss", "last", "nan", "nan", "to", "nan", "×"]
+    assert "\n" not in history.line()
+    assert repr(history) == "History(9 rows: train_loss, val_loss)"
+
+
+def test_plot() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    history = History()
+    for step in range(0, 40, 10):
+        history.append(step, train_loss=float(step), lr=0.1)
+    ax = Figure().add_subplot()
+    assert history.plot(ax) is ax
+    assert [line.get_label() for line in ax.lines] == ["train_loss"]
+    assert list(ax.lines[0].get_xdata()) == [0, 10, 20, 30]
+    ax = Figure().add_subplot()
+    history.plot(ax, names=["lr", "train_loss"], smoothing=0.5)
+    assert list(ax.lines[2].get_ydata()) == [0.0, 5.0, 12.5, 21.25]
+    with matplotlib.rc_context({"backend": "Agg"}):
+        from matplotlib import pyplot
+
+        before = pyplot.get_fignums()
+        with pytest.raises(KeyError, match="no column 'x'"):
+            history.plot(names=["x"])
+        assert pyplot.get_fignums() == before
+        made = history.plot()
+        assert made.get_xlabel() == "step"
+        pyplot.close(made.figure)
+
+
+def test_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History()
+    assert history._repr_html_() == "<pre>History: no steps yet</pre>"
+    history.append(0, **{"<b>": 1.0})
+    history.append(1, **{"<b>": 2.0})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = history._repr_html_()
+    assert "&lt;b&gt;" in page
+    assert "<svg" not in page
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert history._repr_html_().startswith(page + "<svg")
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
+        awkward().plot()
+
+
+# Diagnoses ----------------------------------------------------------------------------------------
+
+ROWS = 200
+EVERY = 5  # a validation for so many rows
+Shape = Callable[[float], float]  # from the part of the run that is over
+
+
+def fall(start: float, end: float, tau: float) -> Shape:
+    """From start to end, exponentially."""
+    return lambda x: end + (start - end) * math.exp(-x / tau)
+
+
+def curves(
+    seed: int,
+    train: Shape,
+    val: Shape | None = None,
+    *,
+    accuracy: Shape | None = None,
+    lr: Shape | None = None,
+    spread: float = 0.04,
+    rows: int = ROWS,
+) -> History:
+    rng = random.Random(seed)
+    history = History()
+    for row in range(rows):
+        x = row / rows
+        history.append(row * 10, train_loss=train(x) + rng.gauss(0, spread))
+        if lr is not None:
+            history.append(row * 10, lr=lr(x))
+        if row % EVERY == 0:
+            if val is not None:
+                history.append(row * 10, val_loss=val(x) + rng.gauss(0, spread / 3))
+            if accuracy is not None:
+                history.append(row * 10, val_accuracy=accuracy(x) + rng.gauss(0, spread / 8))
+    return history
+
+
+def codes(findings: list[Finding]) -> list[str]:
+    return [finding.code for finding in findings]
+
+
+def cosine(x: float) -> float:
+    return 0.05 * (1 + math.cos(math.pi * x))
+
+
+def late(x: float) -> float:
+    """Stuck for three tenths, then falling."""
+    return 2.3 if x < 0.3 else fall(2.3, 0.3, 0.1)(x - 0.3)
+
+
+def early_drop(x: float) -> float:
+    return fall(2.3, 0.3, 0.3)(min(x, 0.2))
+
+
+def good_drop(x: float) -> float:
+    """A plateau, from which a drop of the rate leads further down."""
+    return fall(2.3, 1.0, 0.08)(x) if x < 0.5 else fall(1.0, 0.4, 0.03)(x - 0.5)
+
+
+def dropped(at: float) -> Shape:
+    return lambda x: 0.1 if x < at else 0.01
+
+
+def swinging(x: float) -> float:
+    return fall(2.3, 0.8, 0.1)(x) + 0.6 * math.sin(2 * math.pi * x * ROWS / 7)
+
+
+def overfitted(x: float) -> float:
+    return fall(2.3, 0.6, 0.1)(x) + max(0.0, x - 0.4)
+
+
+def rising(x: float) -> float:
+    return 0.9 - 0.8 * math.exp(-x / 0.5)
+
+
+def exploding(x: float) -> float:
+    return fall(2.3, 0.3, 0.1)(x) + math.exp(60 * (x - 0.97))
+
+
+HEALTHY: dict[str, dict[str, Any]] = {
+    "exponential": {"train": fall(2.3, 0.3, 0.12)},
+    "with validation": {"train": fall(2.3, 0.3, 0.12), "val": fall(2.3, 0.4, 0.12)},
+    "without noise": {"train": fall(2.3, 0.3, 0.12), "val": fall(2.3, 0.4, 0.12), "spread": 0.0},
+    "cosine rate": {"train": fall(2.3, 0.3, 0.1), "lr": cosine},
+    "noisy": {"train": fall(2.3, 0.3, 0.12), "val": fall(2.3, 0.4, 0.12), "spread": 0.15},
+    "dropped in time": {"train": good_drop, "val": good_drop, "lr": dropped(0.5)},
+    "accuracy at its end": {
+        "train": fall(2.3, 0.3, 0.12),
+        "accuracy": lambda x: 0.9 - 0.8 * math.exp(-x / 0.1),
+    },
+    "negative loss": {"train": fall(-1.0, -9.0, 0.1), "val": fall(-1.0, -8.5, 0.1)},
+    "long": {"train": fall(10.8, 3.0, 0.1), "val": fall(10.8, 3.1, 0.1), "rows": 2000},
+    "short": {"train": fall(2.3, 0.3, 0.12), "rows": 12, "spread": 0.01},
+}
+
+SICK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "late": ("BAD_INIT", {"train": late, "val": late}, "until_step"),
+    "never falls": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3}, "fallen"),
+    "hardly falls": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3 - 0.05 * x}, "fallen"),
+    "flat without noise": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3, "spread": 0.0}, "end"),
+    "dropped early": (
+        "DECAYED_TOO_EARLY",
+        {"train": early_drop, "lr": dropped(0.2)},
+        "at_step",
+    ),
+    "accuracy rises": (
+        "STILL_IMPROVING",
+        {"train": fall(2.3, 0.3, 0.12), "accuracy": rising},
+        "last_gain",
+    ),
+    "validation falls": (
+        "STILL_IMPROVING",
+        {"train": fall(2.3, 0.0, 0.5), "val": fall(2.3, 0.1, 0.5)},
+        "last_gain",
+    ),
+    "train falls": ("STILL_IMPROVING", {"train": fall(2.3, 0.0, 0.5)}, "last_gain"),
+    "validation rises": (
+        "OVERFITTING",
+        {"train": fall(2.3, 0.05, 0.12), "val": overfitted},
+        "val_best",
+    ),
+    "large gap": (
+        "OVERFITTING",
+        {"train": fall(2.3, 0.1, 0.12), "val": fall(2.3, 1.0, 0.06)},
+        "train_end",
+    ),
+    "flat and high": (
+        "UNDERFITTING",
+        {"train": fall(2.3, 1.6, 0.1), "val": fall(2.3, 1.62, 0.1)},
+        "fallen",
+    ),
+    "slow": (
+        "LR_TOO_LOW_OR_SMALL_MODEL",
+        {"train": lambda x: 2.3 - 0.45 * x, "val": lambda x: 2.3 - 0.44 * x},
+        "last_gain",
+    ),
+    "slow, without validation": (
+        "LR_TOO_LOW_OR_SMALL_MODEL",
+        {"train": lambda x: 2.3 - 0.45 * x},
+        "last_gain",
+    ),
+    "swinging": ("OSCILLATING", {"train": swinging}, "swing"),
+    "exploding": ("DIVERGED", {"train": exploding}, "best"),
+    "rising": ("DIVERGED", {"train": lambda x: 2.3 + 5 * x}, "end"),
+    "nan": ("DIVERGED", {"train": lambda x: 2.3 if x < 0.5 else math.nan}, "first_step"),
+    "nan in validation": (
+        "DIVERGED",
+        {"train": fall(2.3, 0.3, 0.1), "val": lambda x: 2.3 if x < 0.5 else math.inf},
+        "nonfinite_val_loss",
+    ),
+    "nine rows": ("INSUFFICIENT_DATA", {"train": fall(2.3, 0.3, 0.1), "rows": 9}, "needed"),
+    "no rows": ("INSUFFICIENT_DATA", {"train": fall(2.3, 0.3, 0.1), "rows": 0}, "needed"),
+}
+
+every_seed = pytest.mark.parametrize("seed", range(8))
+
+
+@every_seed
+@table("shape", HEALTHY)
+def test_healthy_curves_have_no_finding(shape: dict[str, Any], seed: int) -> None:
+    assert diagnose(curves(seed, **shape)) == []
+
+
+@every_seed
+@table("row", SICK)
+def test_a_sick_curve_has_its_finding_and_no_other(row: Any, seed: int) -> None:
+    code, shape, key = row
+    findings = diagnose(curves(seed, **shape))
+    assert codes(findings) == [code]
+    (finding,) = findings
+    assert math.isfinite(finding.evidence[key])
+    assert (finding.severity, finding.advice) == ADVICE[code]
+    assert f"{code} ({finding.severity}): " in str(finding)
+
+
+def test_too_few_validations_are_told() -> None:
+    history = curves(0, fall(2.3, 0.3, 0.12), fall(2.3, 0.4, 0.12), rows=40)
+    (finding,) = diagnose(history)
+    assert finding.code == "INSUFFICIENT_DATA"
+    assert finding.evidence == {"points_of_val_loss": 8, "needed": 10}
+
+
+def test_evidence() -> None:
+    shape: dict[str, Any] = {"train": early_drop, "lr": dropped(0.2)}
+    (finding,) = diagnose(curves(0, **shape))
+    assert finding.evidence["at_step"] == ROWS * 10 * 0.2
+    assert (finding.evidence["lr_before"], finding.evidence["lr_after"]) == (0.1, 0.01)
+    assert diagnose(curves(0, early_drop)) == []  # without the rate, nobody knows
+    (finding,) = diagnose(curves(0, late))
+    assert 0.28 < finding.evidence["part"] < 0.36
+    (finding,) = diagnose(curves(0, lambda x: math.nan if 0.5 <= x < 0.6 else 1.0))
+    assert finding.evidence == {"first_step": 1000, "nonfinite_train_loss": 20}
+    (finding,) = diagnose(curves(0, fall(2.3, 0.05, 0.12), overfitted))
+    assert 700 < finding.evidence["at_step"] < 950
+    assert finding.evidence["val_end"] > finding.evidence["val_best"] + 0.4
+
+
+def test_other_names_and_order() -> None:
+    history = History()
+    for step in range(100):
+        history.append(step, t=late(step / 100), v=0.1 * step, a=step, train_loss=math.nan)
+    found = codes(diagnose(history, train="t", val="v", accuracy="a"))
+    assert found == ["BAD_INIT", "OVERFITTING", "STILL_IMPROVING"]
+
+
+def test_thresholds_are_used() -> None:
+    history = curves(0, fall(2.3, 1.6, 0.1), fall(2.3, 1.62, 0.1))
+    assert codes(diagnose(history)) == ["UNDERFITTING"]
+    assert diagnose(history, thresholds=Thresholds(high=0.8)) == []
+
+
+def test_too_high_and_too_low_look_alike() -> None:
+    """The seesaw over y = 4 x^2 and the step that is too small: both losses stay."""
+    losses = {}
+    for lr in (0.25, 1e-9):
+        x, history = 2.0, History()
+        for step in range(50):
+            history.append(step, train_loss=4 * x * x)
+            x -= lr * 8 * x
+        losses[lr] = history["train_loss"]
+        (finding,) = diagnose(history)
+        assert finding.code == "LR_TOO_HIGH_PLATEAU"
+        assert "look alike" in finding.advice
+    assert losses[0.25] == pytest.approx(losses[1e-9], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_numbers_can_be_diagnosed(seed: int) -> None:
+    rng = random.Random(seed)
+    scale = rng.choice([0.0, 1e-320, 1.0, 1e200, 1.7e308])
+    history = History()
+    for step in range(rng.randrange(40)):
+        for name in ("train_loss", "val_loss", "lr", "val_accuracy"):
+            if rng.random() < 0.9:
+                history.append(step, **{name: scale * rng.uniform(-1, 1) ** rng.choice([1, 2])})
+    for finding in diagnose(history):
+        assert finding.code in ADVICE
+    assert str(history)
+    assert history.line()
+
+
+def test_diagnose_refuses_other_objects() -> None:
+    with pytest.raises(TypeError, match=r"history is not a History: \[1.0\]"):
+        diagnose([1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="thresholds is not a Thresholds: 3"):
+        diagnose(History(), thresholds=3)  # type: ignore[arg-type]
