@@ -1,6 +1,7 @@
 # Everything below works on a fresh clone; each verb first makes what it needs.
 #
-#   make demo       train a network with stock AdamW and with ours, and compare (writes demo.png)
+#   make demo       train networks with stock AdamW and with ours, and compare (writes demo.png and
+#                   strategy.png)
 #   make test       all tests
 #   make bench      measure against torch and DeepSpeed (writes build/*.json and tables)
 #   make plots      draw benchmarks/results/*.json anew
@@ -32,6 +33,7 @@ wheel: export FUSEDOPT_CUDA_ARCHS :=
 
 demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
+	$(BIN)/python examples/strategy.py --plot strategy.png
 
 # The second run is of the CUDA path, on an emulated GPU.
 test: build
@@ -89,4 +91,4 @@ $(VENV)/installed: constraints.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fusedopt/*.so demo.png
+	rm -rf $(VENV) build *.egg-info fusedopt/*.so demo.png strategy.png

@@ -53,6 +53,24 @@ def test_a_plot_that_cannot_be_written_fails_before_training(tmp_path: Path) -> 
     assert_one_sentence(run(str(DEMO), "--quick", "--plot", str(plot)), f"cannot write {plot}")
 
 
+def test_a_whole_training(tmp_path: Path) -> None:
+    """By torch and by fusedopt: the same losses, until rounding has grown."""
+    plot = tmp_path / "strategy.png"
+    result = run(str(DEMO.with_name("strategy.py")), "--epochs", "4", "--plot", str(plot))
+    assert result.returncode == 0, result.stderr
+    for number in ("1. ", "2. ", "3. ", "4. "):
+        assert f"\n{number}" in f"\n{result.stdout}"
+    found = re.search(r"^loss of its average +([\d.]+) +([\d.]+)$", result.stdout, re.M)
+    assert found is not None
+    stock, ours = map(float, found.groups())
+    assert ours == pytest.approx(stock, rel=0.01)
+    assert ours < 0.5  # ln 10 at the beginning
+    assert plot.stat().st_size > 10_000
+    wrong = run(str(DEMO.with_name("strategy.py")), "--epochs", "2")
+    assert wrong.returncode == 2
+    assert "--epochs: at least 3" in wrong.stderr
+
+
 @pytest.mark.parametrize("module", ["sklearn", "tqdm", "matplotlib"])
 def test_a_missing_package_is_named(tmp_path: Path, module: str) -> None:
     without = (
