@@ -1,7 +1,8 @@
 """Models as an optimizer sees them: shapes and dtypes, known by name or read from the user's own.
 
-Nothing here loads weights: of a safetensors file only the header is read, a torch checkpoint is
-loaded onto the meta device, and a factory is called with the meta device as the default.
+Nothing here reads weights: of a safetensors file only the header is read, a torch checkpoint is
+mapped into memory (but one from before torch 1.6, which is read), and a factory is called with the
+meta device as the default.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import struct
 import sys
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -252,7 +254,7 @@ def _tensors(tree: Any, what: str) -> tuple[list[Tensor], bool]:
             if node.layout != torch.strided:
                 kind = str(node.layout).removeprefix("torch.")
                 raise ModelError(f"{what}: has a tensor that is not dense ({kind})")
-            # The address of the storage itself: on the meta device it has no data.
+            # The address of the storage itself: a factory's, on the meta device, have no data.
             place = node.untyped_storage()._cdata, node.storage_offset(), node.numel()
             if place not in seen:
                 seen[place] = node
@@ -274,7 +276,11 @@ def not_a_checkpoint(path: Path, error: Exception) -> ModelError:
 
 def _checkpoint(path: Path) -> list[tuple[Shape, torch.dtype | str]]:
     try:
-        tree = torch.load(path, map_location="meta", weights_only=True)
+        # Mapped, as on the meta device nothing tells which tensors share memory. What torch wrote
+        # before it wrote zip files cannot be mapped.
+        tree = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except Exception as error:
         raise not_a_checkpoint(path, error) from error
     # Beside the model there may be another, such as an average of it.

@@ -189,7 +189,7 @@ def _end_early(found: dict[str, Any], options: argparse.Namespace) -> NoReturn:
         if options.plot is not None:
             plot.draw(found, options.plot)
         files = [str(path) for path in (options.json, options.csv, options.plot) if path]
-        where = f"what was measured is in {', '.join(files)}" if files else "there is no --json"
+        where = f"what was measured is {'in ' + ', '.join(files) if files else 'above'}"
     else:
         where = "nothing was measured"
     print(f"fusedopt bench: interrupted; {where}", file=sys.stderr)
