@@ -193,8 +193,8 @@ class WeightAverage:
         """Within the block, the model has the average, and this has the model's own weights.
 
         They are exchanged in place, tensor by tensor; of those whose dtype is not the average's
-        there is a copy meanwhile. Whatever happens in the block, the model has its weights and
-        buffers again after it, to the bit. What the block does to buffers stays with the average:
+        there is a copy meanwhile. After the block, also when it raises, the model has its weights
+        and buffers again, to the bit. What the block does to buffers stays with the average:
         ``torch.optim.swa_utils.update_bn`` belongs here.
 
         Args:
@@ -593,10 +593,10 @@ def average_checkpoints(
             first = {name: _kind(value) for name, value in entries.items()}
             for name, value in entries.items():
                 if isinstance(value, Tensor) and _averaged(value):
-                    means[name] = torch.empty_like(value, dtype=wide_dtype(value))
+                    means[name] = torch.empty_like(value)
         _check_kinds(first, {name: _kind(value) for name, value in entries.items()}, where)
         for name, mean in means.items():
-            # A later one may be wider.
+            # As wide as the first one needs it, and a later one may need more.
             wide = torch.promote_types(mean.dtype, wide_dtype(entries[name]))
             means[name] = mean = mean.to(wide)
             _take_in(mean, entries[name], share)

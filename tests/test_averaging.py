@@ -758,6 +758,19 @@ def test_a_wider_checkpoint_widens_the_sum() -> None:
     assert result.item() == 1 / 6
 
 
+def test_new_memory_does_not_matter() -> None:
+    """torch fills it with nan in this mode."""
+    states, models = make_states(2), [Returns(1.0, STRUCTURES["tensor"]) for _ in range(2)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        result = average_checkpoints(states)
+        assert all(tensor.isfinite().all() for tensor in result.values())
+        assert average_predictions(models, torch.ones(2)).tolist() == [1.0, 1.0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_what_has_no_weight_may_be_nan() -> None:
     states = [{"w": torch.tensor(x)} for x in (math.nan, 3.0, 5.0, math.inf)]
     assert average_checkpoints(states, weights=[0, 1, 1, 0])["w"].item() == 4.0
@@ -919,6 +932,14 @@ def test_modes_are_restored_part_by_part(fails: bool) -> None:
     else:
         assert not average_predictions(models, torch.ones(2)).any()
     assert [(m.training, m.part.training) for m in models] == [(True, False), (False, False)]
+
+
+def test_modes_are_restored_of_a_model_within_another() -> None:
+    inner = Returns(1.0, STRUCTURES["tensor"])
+    outer = nn.Sequential(inner)
+    inner.eval()
+    average_predictions([inner, outer], torch.ones(2))
+    assert (inner.training, inner.part.training, outer.training) == (False, False, True)
 
 
 def test_predictions_of_bfloat16_are_summed_wide() -> None:
