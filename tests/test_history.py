@@ -446,6 +446,15 @@ def test_evidence() -> None:
     assert finding.evidence["val_end"] > finding.evidence["val_best"] + 0.4
 
 
+@every_seed
+def test_what_is_not_high_or_not_flat(seed: int) -> None:
+    slow: Shape = lambda x: 2.3 - 0.45 * x  # noqa: E731
+    found = codes(diagnose(curves(seed, slow, fall(2.3, 0.5, 0.1))))
+    assert "LR_TOO_LOW_OR_SMALL_MODEL" not in found
+    steady: Shape = lambda x: 2.3 - 0.9 * x  # noqa: E731
+    assert codes(diagnose(curves(seed, steady, steady))) == ["STILL_IMPROVING"]
+
+
 def test_other_names_and_order() -> None:
     history = History()
     for step in range(100):

@@ -184,6 +184,20 @@ def test_gradients_are_set_aside() -> None:
     assert everything(setting) == before
 
 
+def test_memory_stays_and_zero_grad_in_place_finds_no_gradients() -> None:
+    class Zeroing(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad(set_to_none=False)
+
+    setting = Setting(lambda model: Zeroing(model.parameters(), lr=0.01, foreach=False))
+    setting.closure(setting.batches[0]).backward()
+    places = [p.data_ptr() for p in setting.model.parameters()]
+    before = everything(setting)
+    setting.sweep()
+    assert [p.data_ptr() for p in setting.model.parameters()] == places
+    assert everything(setting) == before
+
+
 def test_whoever_replaces_things_gets_them_back() -> None:
     setting = Setting(adamw())
     setting.train(2)
