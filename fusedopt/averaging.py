@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fusedopt.arguments import below_one, count, flag, not_negative, one_of
 from fusedopt.models import SAFETENSORS, ModelError, not_a_checkpoint, safetensors_header
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.options import _below_one, _flag, _not_negative, _one_of
 from fusedopt.state import wide_dtype
 
 # So many elements are widened at a time. All at once would need the average's memory again, and on
@@ -55,14 +55,6 @@ def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
             kind, size = kinds[name], tensors[name].numel()
         batches[-1].append(name)
     return batches
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is not an integer: {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}: {value!r}")
-    return value
 
 
 def _module(name: str, value: Any) -> nn.Module:
@@ -109,7 +101,7 @@ class WeightAverage:
         buffers: str,
     ) -> None:
         self._every, self._start = every, start
-        _one_of("copy", "average")("buffers", buffers)
+        one_of("copy", "average")("buffers", buffers)
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"dtype must be torch.float32 or torch.float64: {dtype!r}; a narrower average "
@@ -360,12 +352,12 @@ class EMA(WeightAverage):
         device: torch.device | str | int | None = None,
         buffers: str = "copy",
     ) -> None:
-        self._decay = _below_one("decay", decay)
-        self._warmup = _flag("warmup", warmup)
+        self._decay = below_one("decay", decay)
+        self._warmup = flag("warmup", warmup)
         super().__init__(
             model,
-            every=_count("update_every", update_every, 1),
-            start=_count("start", start, 0),
+            every=count("update_every", update_every, 1),
+            start=count("start", start, 0),
             dtype=dtype,
             device=device,
             buffers=buffers,
@@ -418,8 +410,8 @@ class SWA(WeightAverage):
     ) -> None:
         super().__init__(
             model,
-            every=_count("every", every, 1),
-            start=_count("start", start, 0),
+            every=count("every", every, 1),
+            start=count("start", start, 0),
             dtype=dtype,
             device=device,
             buffers=buffers,
@@ -530,7 +522,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1 / (i + 1) for i in range(count)]
     listed = _several("weights", weights)
-    numbers = [_not_negative(f"weights[{i}]", weight) for i, weight in enumerate(listed)]
+    numbers = [not_negative(f"weights[{i}]", weight) for i, weight in enumerate(listed)]
     if len(numbers) != count:
         raise ValueError(f"weights has {len(numbers)} elements for {count} to average")
     totals = list(itertools.accumulate(numbers))

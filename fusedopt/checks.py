@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.options import _number
-from fusedopt.trial import check_arguments, count, train_step, trial
+from fusedopt.arguments import count, number
+from fusedopt.trial import check_arguments, train_step, trial
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ def check_initial_loss(
         TypeError: An argument is not a number.
         ValueError: Both or none of C and ``expected``, or a number out of its range.
     """
-    value = _number("loss", loss.detach() if isinstance(loss, Tensor) else loss)
+    value = number("loss", loss.detach() if isinstance(loss, Tensor) else loss)
     if (num_classes is None) == (expected is None):
         raise ValueError(f"give either num_classes or expected: {num_classes!r} and {expected!r}")
     if num_classes is not None:
         wanted = math.log(count("num_classes", num_classes, 2))
         why = f"ln({num_classes})"
     else:
-        wanted = _number("expected", expected)
+        wanted = number("expected", expected)
         why = "expected"
         if not math.isfinite(wanted):
             raise ValueError(f"expected must be finite: {expected!r}")
-    if not 0 < _number("rtol", rtol) < math.inf:
+    if not 0 < number("rtol", rtol) < math.inf:
         raise ValueError(f"rtol must be positive and finite: {rtol!r}")
     evidence = {"loss": value, "expected": wanted, "rtol": float(rtol)}
     told = f"the initial loss is {value:.4g}; {why} is {wanted:.4g}"
@@ -117,7 +117,7 @@ def overfit_batch(
     if not callable(closure):
         raise TypeError(f"closure is not callable: {closure!r}")
     count("steps", steps, 1)
-    if not math.isfinite(_number("target", target)):
+    if not math.isfinite(number("target", target)):
         raise ValueError(f"target must be finite: {target!r}")
     losses: list[float] = []
     with trial(optimizer, stateful, scaler):

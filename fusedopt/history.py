@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusedopt.options import _number
+from fusedopt.arguments import number
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -31,7 +31,7 @@ def ewma(values: Sequence[float], beta: float = 0.9) -> list[float]:
         ValueError: ``beta`` is not in [0, 1).
         TypeError: It is not a number.
     """
-    if not 0 <= _number("beta", beta) < 1:
+    if not 0 <= number("beta", beta) < 1:
         raise ValueError(f"beta must be at least 0 and below 1: {beta!r}")
     average: float | None = None
     smooth = []
@@ -135,7 +135,7 @@ class History:
         for name in metrics:
             if again and self._columns.get(name, [None])[-1] is not None:
                 raise ValueError(f"step {step} has a {name} already: {metrics[name]!r}")
-        row = {name: _number(name, value) for name, value in metrics.items()}
+        row = {name: number(name, value) for name, value in metrics.items()}
         if not again:
             self._steps.append(step)
             for column in self._columns.values():
@@ -254,7 +254,7 @@ class History:
         """Have the rows of a :meth:`state_dict`, and no others. ValueError when they do not fit."""
         steps = list(state_dict["steps"])
         columns = {
-            name: [None if value is None else _number(name, value) for value in column]
+            name: [None if value is None else number(name, value) for value in column]
             for name, column in state_dict["columns"].items()
         }
         for name, column in columns.items():

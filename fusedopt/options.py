@@ -13,6 +13,16 @@ from typing import Any
 
 import torch
 
+from fusedopt.arguments import (
+    below_one,
+    finite_positive,
+    flag,
+    not_negative,
+    number,
+    one_of,
+    optional,
+    positive,
+)
 from fusedopt.device import on_device
 from fusedopt.extension import kernels
 
@@ -22,69 +32,11 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.uint8)
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # of tensors of several elements, too
-        raise TypeError(f"{name} is not a number: {value!r}") from None
-
-
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    number = _number(name, value)
-    if not number > 0:
-        raise ValueError(f"{name} must be positive: {value!r}")
-    return number
-
-
-def _finite_positive(name: str, value: Any) -> float | None:
-    number = _positive(name, value)
-    if number == math.inf:
-        raise ValueError(f"{name} must be finite: {value!r}")
-    return number
-
-
-def _not_negative(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and not negative: {value!r}")
-    return number
-
-
-def _below_one(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 <= number < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
-    return number
-
-
-def _decay(name: str, value: Any) -> float | None:
-    return None if value is None else _below_one(name, value)
-
-
 def _norm_type(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if number not in NORM_TYPES:
+    checked = number(name, value)
+    if checked not in NORM_TYPES:
         raise ValueError(f"{name} must be 2.0 or inf: {value!r}")
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is not True or False: {value!r}")
-    return value
-
-
-def _one_of(*choices: Any) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
-        if not any(value is choice or value == choice for choice in choices):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}: {value!r}")
-        return value
-
-    return check
+    return checked
 
 
 class Option:
@@ -123,16 +75,16 @@ class Option:
 class StepOptions:
     """The options, what combinations of them mean, and what they cannot be combined with."""
 
-    max_grad_norm = Option(None, _positive)
+    max_grad_norm = Option(None, optional(positive))
     grad_norm_type = Option(2.0, _norm_type)
-    max_grad_value = Option(None, _positive)
-    nonfinite = Option("propagate", _one_of(*NONFINITE))
-    weight_precision = Option("nearest", _one_of(*WEIGHT_PRECISIONS))
-    state_dtype = Option(None, _one_of(*STATE_DTYPES))
-    ema_decay = Option(None, _decay)
-    ema_warmup = Option(False, _flag)
-    l1 = Option(0.0, _not_negative)
-    grad_divisor = Option(None, _finite_positive)
+    max_grad_value = Option(None, optional(positive))
+    nonfinite = Option("propagate", one_of(*NONFINITE))
+    weight_precision = Option("nearest", one_of(*WEIGHT_PRECISIONS))
+    state_dtype = Option(None, one_of(*STATE_DTYPES))
+    ema_decay = Option(None, optional(below_one))
+    ema_warmup = Option(False, flag)
+    l1 = Option(0.0, not_negative)
+    grad_divisor = Option(None, optional(finite_positive))
 
     def _check_options(self) -> None:
         if self.max_grad_norm is not None and self.max_grad_value is not None:
@@ -166,7 +118,7 @@ class StepOptions:
                 "of two rounded averages may be negative, and its root is taken"
             )
         if "l1" in group:
-            _not_negative("l1 of a parameter group", group["l1"])
+            not_negative("l1 of a parameter group", group["l1"])
         dtypes = {p.dtype for p in group["params"]}
         if self.weight_precision == "remainder" and torch.float16 in dtypes:
             raise ValueError(

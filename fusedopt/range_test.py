@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.arguments import count, number
 from fusedopt.history import axes_for, mean, noise
-from fusedopt.options import _number
-from fusedopt.trial import check_arguments, count, train_step, trial
+from fusedopt.trial import check_arguments, train_step, trial
 
 MODES = ("exponential", "linear")
 RULES = ("valley", "minimum", "steepest")
@@ -85,7 +85,7 @@ class LRFinderResult:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}: {rule!r}")
         for name, value in (("skip_start", skip_start), ("skip_end", skip_end)):
-            if not 0 <= _number(name, value) < 1:
+            if not 0 <= number(name, value) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
         if skip_start + skip_end >= 1:
             raise ValueError(
@@ -267,17 +267,17 @@ def lr_range_test(
             raise TypeError(f"{name} is not callable: {function!r}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is not iterable: {batches!r}")
-    if not 0 < _number("start_lr", start_lr) < math.inf:
+    if not 0 < number("start_lr", start_lr) < math.inf:
         raise ValueError(f"start_lr must be positive and finite: {start_lr!r}")
-    if not start_lr < _number("end_lr", end_lr) < math.inf:
+    if not start_lr < number("end_lr", end_lr) < math.inf:
         raise ValueError(f"end_lr must be finite and above start_lr={start_lr}: {end_lr!r}")
     count("num_iter", num_iter, 10)
     count("accumulate", accumulate, 1)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}: {mode!r}")
-    if not 0 <= _number("smoothing", smoothing) < 1:
+    if not 0 <= number("smoothing", smoothing) < 1:
         raise ValueError(f"smoothing must be at least 0 and below 1: {smoothing!r}")
-    if diverge_factor is not None and not _number("diverge_factor", diverge_factor) > 1:
+    if diverge_factor is not None and not number("diverge_factor", diverge_factor) > 1:
         raise ValueError(f"diverge_factor must be above 1, or None: {diverge_factor!r}")
     ratios = _ratios(optimizer)
 

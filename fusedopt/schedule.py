@@ -11,7 +11,6 @@ Any other function of t can take a curve's place.
 from __future__ import annotations
 
 import math
-import operator
 import re
 import warnings
 from bisect import bisect_right
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fusedopt.options import _flag, _not_negative, _number, _one_of
+from fusedopt.arguments import count, finite_positive, flag, not_negative, number, one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,34 +47,15 @@ RISES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def _count(name: str, value: Any, least: int = 0) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is not a whole number: {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}: {value!r}")
-    return number
-
-
 def _steps(name: str, value: Any) -> int:
-    return _count(name, value, 1)
-
-
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and positive: {value!r}")
-    return number
+    return count(name, value, 1)
 
 
 def _ratio(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 <= number <= 1:
+    checked = number(name, value)
+    if not 0 <= checked <= 1:
         raise ValueError(f"{name} must be between 0 and 1: {value!r}")
-    return number
+    return checked
 
 
 def _kept(name: str, value: Any) -> float:
@@ -98,7 +78,7 @@ def _rising_steps(name: str, values: Any) -> tuple[int, ...]:
 
 
 def _factors(name: str, values: Any) -> tuple[float, ...]:
-    return tuple(_not_negative(f"{name}[{i}]", v) for i, v in enumerate(_items(name, values)))
+    return tuple(not_negative(f"{name}[{i}]", v) for i, v in enumerate(_items(name, values)))
 
 
 def _curve(name: str, value: Any) -> Curve:
@@ -129,7 +109,7 @@ class constant:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, factor=_not_negative)
+        _check(self, factor=not_negative)
 
     def __call__(self, t: int) -> float:
         return self.factor
@@ -171,7 +151,7 @@ class polynomial:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, total=_steps, power=_positive, min_ratio=_ratio)
+        _check(self, total=_steps, power=finite_positive, min_ratio=_ratio)
 
     def __call__(self, t: int) -> float:
         return _down_to(self.min_ratio, (1 - min(t, self.total) / self.total) ** self.power)
@@ -208,8 +188,8 @@ class cosine:
     _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check(self, total=_steps, cycles=_steps, cycle_mult=_positive, cycle_decay=_kept)
-        _check(self, k=_positive, min_ratio=_ratio)
+        _check(self, total=_steps, cycles=_steps, cycle_mult=finite_positive, cycle_decay=_kept)
+        _check(self, k=finite_positive, min_ratio=_ratio)
         starts = [0, self.total]
         if 1 < self.cycles <= self.total:
             # Lengths relative to the longest cycle's: powers that cannot overflow.
@@ -359,7 +339,7 @@ class inverse_time:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, rate=_not_negative, every=_steps, staircase=_flag, min_ratio=_ratio)
+        _check(self, rate=not_negative, every=_steps, staircase=flag, min_ratio=_ratio)
 
     def __call__(self, t: int) -> float:
         time = t // self.every if self.staircase else t / self.every
@@ -397,7 +377,7 @@ class warmup:
     prefix: bool = True
 
     def __post_init__(self) -> None:
-        _check(self, curve=_curve, steps=_count, kind=_one_of(*RISES), start=_ratio, prefix=_flag)
+        _check(self, curve=_curve, steps=count, kind=one_of(*RISES), start=_ratio, prefix=flag)
         if self.kind == "exponential" and self.start == 0:
             raise ValueError("start must be above 0 with kind='exponential': 0.0")
 
@@ -435,7 +415,7 @@ class wsd:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, stable=_count, decay=_steps, shape=_one_of(*FALLS), min_ratio=_ratio)
+        _check(self, stable=count, decay=_steps, shape=one_of(*FALLS), min_ratio=_ratio)
 
     def __call__(self, t: int) -> float:
         u = min(max(t - self.stable, 0), self.decay) / self.decay
@@ -445,7 +425,7 @@ class wsd:
 def _factor(curve: Curve, t: int) -> float:
     factor = curve(t)
     if type(factor) is not float:  # whole numbers, and what functions of others return
-        factor = _number(f"the factor of {curve} at t={t}", factor)
+        factor = number(f"the factor of {curve} at t={t}", factor)
     if not 0 <= factor < math.inf:
         raise ValueError(f"the factor of {curve} at t={t} must be finite, not negative: {factor}")
     return factor
@@ -458,7 +438,7 @@ def values(curve: Curve, n: int) -> list[float]:
         ValueError: When the curve gives nan, inf or a negative factor; names the step.
     """
     _curve("curve", curve)
-    return [_factor(curve, t) for t in range(_count("n", n))]
+    return [_factor(curve, t) for t in range(count("n", n))]
 
 
 def plot_schedule(curve: Curve, n: int, ax: Axes | None = None) -> Axes:
@@ -550,9 +530,9 @@ class Plateau:
     cooldown_left: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check(self, factor=_kept, patience=_count, mode=_one_of("min", "max"))
-        _check(self, threshold=_not_negative, threshold_mode=_one_of("rel", "abs"))
-        _check(self, cooldown=_count, min_ratio=_ratio)
+        _check(self, factor=_kept, patience=count, mode=one_of("min", "max"))
+        _check(self, threshold=not_negative, threshold_mode=one_of("rel", "abs"))
+        _check(self, cooldown=count, min_ratio=_ratio)
         if self.factor == 1:
             raise ValueError("factor must be below 1: 1.0")
 
@@ -564,11 +544,11 @@ class Plateau:
         Returns:
             Whether :attr:`multiplier` was reduced.
         """
-        number = _number("metric", metric.detach() if isinstance(metric, Tensor) else metric)
-        if not math.isfinite(number):
+        value = number("metric", metric.detach() if isinstance(metric, Tensor) else metric)
+        if not math.isfinite(value):
             return False
-        if self._is_better(number):
-            self.best, self.num_bad = number, 0
+        if self._is_better(value):
+            self.best, self.num_bad = value, 0
         else:
             self.num_bad += 1
         if self.cooldown_left:
@@ -643,7 +623,7 @@ class ScheduleLR(LRScheduler):
             raise TypeError(f"optimizer is not a torch.optim.Optimizer: {optimizer!r}")
         if not isinstance(plateau, Plateau | None):
             raise TypeError(f"plateau is not a Plateau: {plateau!r}")
-        last_epoch = _count("last_epoch", last_epoch, -1)
+        last_epoch = count("last_epoch", last_epoch, -1)
         self.schedule = (
             [_curve(f"schedule[{i}]", curve) for i, curve in enumerate(schedule)]
             if isinstance(schedule, Iterable)
@@ -792,7 +772,7 @@ class InverseSquareRootLR(ScheduleLR):
         plateau: Plateau | None = None,
         last_epoch: int = -1,
     ) -> None:
-        steps = _count("warmup_steps", warmup_steps)
+        steps = count("warmup_steps", warmup_steps)
         timescale = steps or 10_000 if timescale is None else timescale
         curve = warmup(inverse_sqrt(timescale, min_ratio=min_ratio), steps)
         super().__init__(optimizer, curve, plateau=plateau, last_epoch=last_epoch)
@@ -876,7 +856,7 @@ class WarmupCosineLR(ScheduleLR):
         plateau: Plateau | None = None,
         last_epoch: int = -1,
     ) -> None:
-        total, steps = _steps("total_steps", total_steps), _count("warmup_steps", warmup_steps)
+        total, steps = _steps("total_steps", total_steps), count("warmup_steps", warmup_steps)
         if steps >= total:
             raise ValueError(f"warmup_steps must be below total_steps={total}: {steps}")
         curve = warmup(
@@ -914,7 +894,7 @@ class WSDLR(ScheduleLR):
         self._planned = wsd(
             0 if stable is None else stable, decay, shape=shape, min_ratio=min_ratio
         )
-        steps = _count("warmup_steps", warmup_steps)
+        steps = count("warmup_steps", warmup_steps)
         curve = warmup(constant() if stable is None else self._planned, steps)
         super().__init__(optimizer, curve, plateau=plateau, last_epoch=last_epoch)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fusedopt.arguments import count, finite_positive, number, optional, positive
+
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
@@ -39,14 +41,11 @@ class Stage:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.trials, bool) or not isinstance(self.trials, int) or self.trials < 1:
-            raise ValueError(f"trials must be an int from 1 on: {self.trials!r}")
-        if not 0 < self.budget < math.inf:
-            raise ValueError(f"budget must be positive and finite: {self.budget!r}")
-        if not 0 < self.shrink <= 1:
+        count("trials", self.trials, 1)
+        finite_positive("budget", self.budget)
+        if not 0 < number("shrink", self.shrink) <= 1:
             raise ValueError(f"shrink must be above 0 and at most 1: {self.shrink!r}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds must be positive: {self.seconds!r}")
+        optional(positive)("seconds", self.seconds)
 
 
 @dataclass
@@ -169,11 +168,11 @@ def coarse_to_fine(
 
     result = SearchResult({}, math.nan, [], [])
     spaces = dict(space)
-    for number, stage in enumerate(stages):
+    for place, stage in enumerate(stages):
         with _quiet(optuna):
             study = optuna.create_study(
                 storage=storage,
-                study_name=f"{name}-{number}",
+                study_name=f"{name}-{place}",
                 direction=direction,
                 pruner=pruner or optuna.pruners.MedianPruner(),
                 load_if_exists=True,
@@ -181,24 +180,24 @@ def coarse_to_fine(
         # Going on with the first seed would try the same again.
         study.sampler = new_sampler(seed + len(study.trials))
         result.spaces.append(spaces)
-        if number and not study.trials:
+        if place and not study.trials:
             study.enqueue_trial(result.params)  # the centre, with the longer budget
-        _run(study, stage, number, spaces, objective)
-        result.trials += [_record(trial, number) for trial in study.trials]
+        _run(study, stage, place, spaces, objective)
+        result.trials += [_record(trial, place) for trial in study.trials]
         if study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
             result.params, result.value = dict(study.best_params), study.best_value
-        elif number == 0:
+        elif place == 0:
             errors = dict.fromkeys(found.error or found.outcome for found in result.trials)
             raise RuntimeError(f"no trial was completed: {'; '.join(errors)}")
-        if number + 1 < len(stages):
-            spaces = _around(study, result.params, spaces, space, stages[number + 1].shrink)
+        if place + 1 < len(stages):
+            spaces = _around(study, result.params, spaces, space, stages[place + 1].shrink)
     return result
 
 
 def _run(
     study: optuna.Study,
     stage: Stage,
-    number: int,
+    place: int,
     space: dict[str, BaseDistribution],
     objective: Callable[[Trial], float],
 ) -> None:
@@ -210,7 +209,7 @@ def _run(
     while done < stage.trials and time.monotonic() < end:
         trial = study.ask(fixed_distributions=space)
         try:
-            value = float(objective(Trial(trial, number, stage.budget)))
+            value = float(objective(Trial(trial, place, stage.budget)))
             if not math.isfinite(value):
                 raise ValueError(f"the objective returned {value}")
         except optuna.TrialPruned:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fusedopt.options import _flag, _not_negative, _number, _one_of
+from fusedopt.arguments import count, flag, not_negative, number, one_of
 
 # Where a tensor is in a state dict: the keys and indices that lead to it.
 _Path = tuple[Any, ...]
@@ -191,16 +191,14 @@ class EarlyStopping:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         modes = _modes(monitor, mode)
-        self._patience = _count("patience", patience)
-        self._start_from = _count("start_from", start_from)
-        self._check_finite = _flag("check_finite", check_finite)
-        self._combine = {"all": all, "any": any}[_one_of("all", "any")("require", require)]
-        relative = _one_of("abs", "rel")("min_delta_mode", min_delta_mode) == "rel"
+        self._patience = count("patience", patience)
+        self._start_from = count("start_from", start_from)
+        self._check_finite = flag("check_finite", check_finite)
+        self._combine = {"all": all, "any": any}[one_of("all", "any")("require", require)]
+        relative = one_of("abs", "rel")("min_delta_mode", min_delta_mode) == "rel"
         if not isinstance(min_delta, Mapping):
             min_delta = dict.fromkeys(modes, min_delta)
-        deltas = {
-            n: _not_negative("min_delta", d) for n, d in _named("min_delta", min_delta, modes)
-        }
+        deltas = {n: not_negative("min_delta", d) for n, d in _named("min_delta", min_delta, modes)}
         baselines = _limits("baseline", baseline, modes)
         goals = _limits("stopping_threshold", stopping_threshold, modes)
         limits = _limits("divergence_threshold", divergence_threshold, modes)
@@ -397,7 +395,7 @@ class EarlyStopping:
 
 
 def _modes(monitor: Any, mode: Any) -> dict[str, str]:
-    check = _one_of("min", "max")
+    check = one_of("min", "max")
     if isinstance(monitor, str):
         return {monitor: check("mode", "min" if mode is None else mode)}
     if not isinstance(monitor, Mapping):
@@ -427,19 +425,11 @@ def _limits(name: str, value: Any, known: Mapping[str, str]) -> dict[str, float]
         if len(known) > 1:
             raise ValueError(f"{name} must say of which metric it is, as {{name: {value!r}}}")
         value = dict.fromkeys(known, value)
-    limits = {metric: _number(name, limit) for metric, limit in _named(name, value, known)}
+    limits = {metric: number(name, limit) for metric, limit in _named(name, value, known)}
     for limit in limits.values():
         if not math.isfinite(limit):
             raise ValueError(f"{name} must be finite: {limit!r}")
     return limits
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is not an integer: {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative: {value!r}")
-    return value
 
 
 def _metric(name: str, value: Any) -> float:
@@ -447,7 +437,7 @@ def _metric(name: str, value: Any) -> float:
         if value.numel() != 1:
             raise ValueError(f"metric {name!r} has {value.numel()} elements, not one")
         value = value.item()
-    return _number(f"metric {name!r}", value)
+    return number(f"metric {name!r}", value)
 
 
 class Stateful(Protocol):
@@ -510,7 +500,7 @@ class BestWeights:
             TypeError: A state dict holds what a file cannot, and storage is a file; what was
                 kept before still is.
         """
-        _count("step", step)
+        count("step", step)
         # Not the caller's mode: memory from inference_mode() could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._keep({name: item.state_dict() for name, item in self._stateful.items()}, step)

@@ -17,15 +17,6 @@ from torch import Tensor
 from fusedopt.optimizer import FusedOptimizer
 
 
-def count(name: str, value: Any, least: int) -> int:
-    """An argument that must be an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is not an integer: {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}: {value!r}")
-    return value
-
-
 def _overwrite(tensor: Tensor, content: Tensor, grad: Tensor | None) -> None:
     same = tensor.shape == content.shape and tensor.dtype == content.dtype
     # Elements that share memory, as expand() makes them, cannot be written one by one.

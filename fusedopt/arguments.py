@@ -1,0 +1,88 @@
+"""What arguments have to be: checks that return the value, or name the argument and what it was."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[str, Any], Any]
+
+
+def number(name: str, value: Any) -> float:
+    """A number, or a tensor of one."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of tensors of several elements, too
+        raise TypeError(f"{name} is not a number: {value!r}") from None
+
+
+def count(name: str, value: Any, least: int = 0) -> int:
+    """An integer, not too small."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        whole = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is not an integer: {value!r}") from None
+    if whole < least:
+        raise ValueError(f"{name} must be at least {least}: {value!r}")
+    return whole
+
+
+def positive(name: str, value: Any) -> float:
+    """Above zero; may be infinite."""
+    checked = number(name, value)
+    if not checked > 0:
+        raise ValueError(f"{name} must be positive: {value!r}")
+    return checked
+
+
+def finite_positive(name: str, value: Any) -> float:
+    """Above zero."""
+    checked = positive(name, value)
+    if checked == math.inf:
+        raise ValueError(f"{name} must be finite: {value!r}")
+    return checked
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Zero or above."""
+    checked = number(name, value)
+    if not 0 <= checked < math.inf:
+        raise ValueError(f"{name} must be finite and not negative: {value!r}")
+    return checked
+
+
+def below_one(name: str, value: Any) -> float:
+    """In [0, 1)."""
+    checked = number(name, value)
+    if not 0 <= checked < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
+    return checked
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is not True or False: {value!r}")
+    return value
+
+
+def one_of(*choices: Any) -> Check:
+    """One of some values."""
+
+    def check(name: str, value: Any) -> Any:
+        if not any(value is choice or value == choice for choice in choices):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}: {value!r}")
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what passes another check."""
+    return lambda name, value: None if value is None else check(name, value)
