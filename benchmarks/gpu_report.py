@@ -54,9 +54,10 @@ def parts(bench: Path, parity: Path) -> list[tuple[str, list[str], int]]:
         ("info", [*fusedopt, "info"], 60),
         ("tests", tests("device", "parity"), 150),
         ("bench", [sys.executable, "benchmarks/gpu.py", "--json", str(bench)], 120),
-        ("parity", [*fusedopt, "parity", "--device", "cuda", "--json", str(parity)], 90),
+        ("parity", [*fusedopt, "parity", "--device", "cuda", "--json", str(parity)], 150),
         ("memcheck", sanitizer("memcheck"), 100),
         ("more-tests", tests("average", "momentum", "precision", "clip", "scaler"), 120),
+        ("training", tests("averaging", "range_test", "stopping", "schedule"), 90),
         ("racecheck", sanitizer("racecheck"), 100),  # of shared memory
     ]
 
