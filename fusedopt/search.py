@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fusedopt.arguments import count, finite_positive, number, optional, positive
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+
+
+_ASKED, _OVER, _INTERRUPTED = "asked", "over", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ def coarse_to_fine(
         name: Of the studies in the storage, to which the stage's number is added.
 
     Raises:
-        TypeError: Something in the space is no distribution.
-        ValueError: There is nothing to search, no stage, or no such direction.
+        TypeError: Something in the space is no distribution, a stage no :class:`Stage`.
+        ValueError: There is nothing to search, no stage, or no such direction; or the storage has
+            another search of that name.
         RuntimeError: No trial of the first stage could be completed; the message has the errors.
         ImportError: Optuna is not installed.
     """
@@ -157,19 +160,30 @@ def coarse_to_fine(
         import optuna
     except ImportError as error:
         raise ImportError("coarse_to_fine needs optuna: pip install optuna") from error
+    if not callable(objective):
+        raise TypeError(f"objective is no function: {objective!r}")
     if not space or not stages:
         raise ValueError(f"there is nothing to search: {'stages' if space else 'space'} is empty")
     for key, distribution in space.items():
         if not isinstance(distribution, optuna.distributions.BaseDistribution):
             raise TypeError(f"space[{key!r}] is no distribution of Optuna's: {distribution!r}")
+    for place, stage in enumerate(stages):
+        if not isinstance(stage, Stage):
+            raise TypeError(f"stages[{place}] is no Stage: {stage!r}")
     if direction not in ("minimize", "maximize"):
         raise ValueError(f"direction must be 'minimize' or 'maximize': {direction!r}")
     new_sampler = sampler or (lambda seed: optuna.samplers.TPESampler(seed=seed))
+    # What a storage's studies must have been made for.
+    asked = {
+        "direction": direction,
+        "space": {k: optuna.distributions.distribution_to_json(d) for k, d in space.items()},
+        "stages": [asdict(stage) for stage in stages],
+    }
 
     result = SearchResult({}, math.nan, [], [])
     spaces = dict(space)
-    for place, stage in enumerate(stages):
-        with _quiet(optuna):
+    with _quiet(optuna):
+        for place, stage in enumerate(stages):
             study = optuna.create_study(
                 storage=storage,
                 study_name=f"{name}-{place}",
@@ -177,21 +191,43 @@ def coarse_to_fine(
                 pruner=pruner or optuna.pruners.MedianPruner(),
                 load_if_exists=True,
             )
-        # Going on with the first seed would try the same again.
-        study.sampler = new_sampler(seed + len(study.trials))
-        result.spaces.append(spaces)
-        if place and not study.trials:
-            study.enqueue_trial(result.params)  # the centre, with the longer budget
-        _run(study, stage, place, spaces, objective)
-        result.trials += [_record(trial, place) for trial in study.trials]
-        if study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-            result.params, result.value = dict(study.best_params), study.best_value
-        elif place == 0:
-            errors = dict.fromkeys(found.error or found.outcome for found in result.trials)
-            raise RuntimeError(f"no trial was completed: {'; '.join(errors)}")
-        if place + 1 < len(stages):
-            spaces = _around(study, result.params, spaces, space, stages[place + 1].shrink)
+            _check_same(study, asked, name)
+            # Neither another stage nor a second call draws the same numbers again.
+            study.sampler = new_sampler(seed + len(result.trials) + len(study.trials))
+            result.spaces.append(spaces)
+            if place and all(trial.params != result.params for trial in _done(study)):
+                study.enqueue_trial(result.params)  # the centre, with the longer budget
+            _run(study, stage, place, spaces, objective)
+            result.trials += [_record(trial, place) for trial in study.trials]
+            if study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+                result.params, result.value = dict(study.best_params), study.best_value
+            elif place == 0:
+                errors = dict.fromkeys(found.error or found.outcome for found in result.trials)
+                raise RuntimeError(f"no trial was completed: {'; '.join(errors)}")
+            if place + 1 < len(stages):
+                spaces = _around(study, result.params, spaces, space, stages[place + 1].shrink)
     return result
+
+
+def _check_same(study: optuna.Study, asked: dict[str, Any], name: str) -> None:
+    """Note what a new study is for; an old one must be for the same."""
+    if not study.trials and _ASKED not in study.user_attrs:
+        study.set_user_attr(_ASKED, asked)
+    found = study.user_attrs.get(_ASKED, {})
+    for what, wanted in asked.items():
+        if found.get(what) != wanted:
+            raise ValueError(
+                f"the storage has a search with another {what}, of name={name!r}: choose another "
+                "name, or go on with the same"
+            )
+
+
+def _done(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [
+        trial
+        for trial in study.trials
+        if trial.state.is_finished() and trial.user_attrs.get("error") != _INTERRUPTED
+    ]
 
 
 def _run(
@@ -203,27 +239,41 @@ def _run(
 ) -> None:
     import optuna
 
-    states = optuna.trial.TrialState
-    end = math.inf if stage.seconds is None else time.monotonic() + stage.seconds
-    done = len(study.get_trials(states=[states.COMPLETE, states.PRUNED, states.FAIL]))
-    while done < stage.trials and time.monotonic() < end:
-        trial = study.ask(fixed_distributions=space)
+    def attempt(trial: optuna.Trial) -> float:
+        for name, distribution in space.items():
+            _suggest(trial, name, distribution)
         try:
             value = float(objective(Trial(trial, place, stage.budget)))
             if not math.isfinite(value):
                 raise ValueError(f"the objective returned {value}")
         except optuna.TrialPruned:
-            study.tell(trial, state=states.PRUNED)
+            raise
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            study.tell(trial, state=states.FAIL)
-        except BaseException:
-            trial.set_user_attr("error", "interrupted")
-            study.tell(trial, state=states.FAIL)
             raise
-        else:
-            study.tell(trial, value)
-        done += 1
+        except BaseException:
+            trial.set_user_attr("error", _INTERRUPTED)
+            raise
+        return value
+
+    left = stage.trials - len(_done(study))
+    if left > 0 and not study.user_attrs.get(_OVER):
+        study.optimize(attempt, n_trials=left, timeout=stage.seconds, catch=(Exception,))
+    study.set_user_attr(_OVER, True)  # a second call has no more seconds for it
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
+    import optuna
+
+    d = distribution
+    if isinstance(d, optuna.distributions.FloatDistribution):
+        trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
+    elif isinstance(d, optuna.distributions.IntDistribution):
+        trial.suggest_int(name, d.low, d.high, step=d.step, log=d.log)
+    elif isinstance(d, optuna.distributions.CategoricalDistribution):
+        trial.suggest_categorical(name, d.choices)
+    else:
+        raise TypeError(f"{name} has a distribution that Optuna cannot suggest from: {d!r}")
 
 
 def _record(trial: optuna.trial.FrozenTrial, stage: int) -> Record:
@@ -304,7 +354,7 @@ def _choices_by_value(study: optuna.Study) -> dict[str, list[Any]]:
 @contextlib.contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # below, every failed trial is told
     try:
         yield
     finally:

@@ -65,6 +65,7 @@ def test_a_whole_training(tmp_path: Path) -> None:
     stock, ours = map(float, found.groups())
     assert ours == pytest.approx(stock, rel=0.01)
     assert ours < 0.5  # ln 10 at the beginning
+    assert re.search(r"^best epoch, restored +4 +4$", result.stdout, re.M)  # still improving
     assert plot.stat().st_size > 10_000
     wrong = run(str(DEMO.with_name("strategy.py")), "--epochs", "2")
     assert wrong.returncode == 2

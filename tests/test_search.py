@@ -148,14 +148,76 @@ def test_an_interrupted_search_goes_on_from_its_storage(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         coarse_to_fine(objective, SPACE, stages=stages, storage=storage)
     result = coarse_to_fine(objective, SPACE, stages=stages, storage=storage)
-    assert count == 4 + 1 + 3
+    assert count == 4 + 2 + 3  # the fourth was none
     assert [record.outcome for record in result.trials].count("failed") == 1
     assert result.trials[3].error == "interrupted"
     tried = [tuple(record.params.items()) for record in result.trials if record.stage == 0]
-    assert len(set(tried)) == 5
+    assert len(set(tried)) == 6
     again = coarse_to_fine(objective, SPACE, stages=stages, storage=storage)
     assert (again.params, again.value) == (result.params, result.value)
-    assert count == 4 + 1 + 3  # nothing was left to try
+    assert count == 4 + 2 + 3  # nothing was left to try
+    for other, what in (
+        ({"direction": "maximize"}, "direction"),
+        ({"stages": stages[:1]}, "stages"),
+        ({"space": {"decay": FloatDistribution(5.0, 6.0)}}, "space"),
+    ):
+        arguments = {"space": SPACE, "stages": stages, "storage": storage, **other}
+        with pytest.raises(ValueError, match=f"another {what}, of name='search'"):
+            coarse_to_fine(objective, **arguments)
+
+
+def test_the_centre_is_tried_although_it_was_interrupted(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    interrupted = False
+
+    def objective(trial: Trial) -> float:
+        nonlocal interrupted
+        if trial.stage and not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+        return trial.params["decay"]
+
+    stages = [Stage(trials=4, budget=1), Stage(trials=2, budget=9)]
+    with pytest.raises(KeyboardInterrupt):
+        coarse_to_fine(objective, SPACE, stages=stages, storage=storage)
+    result = coarse_to_fine(objective, SPACE, stages=stages, storage=storage)
+    coarse = min((r for r in result.trials if r.stage == 0), key=lambda record: record.value)
+    fine = [r for r in result.trials if r.stage == 1 and r.outcome == "complete"]
+    assert fine[0].params == coarse.params
+    assert len(fine) == 2
+
+
+def test_a_stage_whose_seconds_are_over_is_over(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    stages = [Stage(trials=10**6, budget=1, seconds=0.3), Stage(trials=2, budget=1)]
+    first = coarse_to_fine(distance, SPACE, stages=stages, storage=storage)
+    again = coarse_to_fine(distance, SPACE, stages=stages, storage=storage)
+    assert len(again.trials) == len(first.trials)
+
+
+def test_stages_do_not_draw_the_same_numbers() -> None:
+    space = {"decay": SPACE["decay"]}
+    stages = [Stage(trials=4, budget=1), Stage(trials=5, budget=1, shrink=1.0)]
+    result = coarse_to_fine(lambda trial: trial.params["decay"], space, stages=stages)
+    coarse, fine = (
+        [r.params["decay"] for r in result.trials if r.stage == stage] for stage in (0, 1)
+    )
+    assert set(coarse) & set(fine) == {min(coarse)}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_grid() -> None:
+    space = {"kind": SPACE["kind"], "depth": IntDistribution(1, 3)}
+
+    def objective(trial: Trial) -> float:
+        return trial.params["depth"] + "bacd".index(trial.params["kind"])
+
+    stages = [Stage(trials=100, budget=1), Stage(trials=100, budget=1, shrink=0.5)]
+    result = coarse_to_fine(
+        objective, space, stages=stages, sampler=lambda seed: optuna.samplers.BruteForceSampler()
+    )
+    assert [r.stage for r in result.trials].count(0) == 12
+    assert result.value == 1
 
 
 def test_a_stage_has_its_time() -> None:
@@ -171,7 +233,7 @@ def test_samplers_are_optunas(capfd: pytest.CaptureFixture[str]) -> None:
         return optuna.samplers.RandomSampler(seed)
 
     coarse_to_fine(distance, SPACE, stages=[Stage(4, 1), Stage(2, 1)], seed=7, sampler=sampler)
-    assert seeds == [7, 7]
+    assert seeds == [7, 11]
     assert capfd.readouterr() == ("", "")  # nothing is printed
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
@@ -195,6 +257,10 @@ def test_wrong_stages(wrong: dict[str, Any], sentence: str) -> None:
 
 
 def test_wrong_searches() -> None:
+    with pytest.raises(TypeError, match=r"stages\[0\] is no Stage: 5"):
+        coarse_to_fine(distance, SPACE, stages=[5])
+    with pytest.raises(TypeError, match="objective is no function: None"):
+        coarse_to_fine(None, SPACE)
     with pytest.raises(TypeError, match=r"space\['lr'\] is no distribution of Optuna's: 0.1"):
         coarse_to_fine(distance, {"lr": 0.1})
     with pytest.raises(ValueError, match="space is empty"):
