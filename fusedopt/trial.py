@@ -6,8 +6,9 @@ import copy
 import math
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,42 @@ def _refill_list(target: list[Any], content: list[Any]) -> None:
     target[:] = content
 
 
+def _refill_set(target: set[Any], content: set[Any]) -> None:
+    target.clear()
+    target.update(content)
+
+
+def _refill_deque(target: deque[Any], content: list[Any]) -> None:
+    target.clear()
+    target.extend(content)
+
+
+def _refill_array(target: Any, content: Any) -> None:
+    if target.shape != content.shape:  # or the assignment would broadcast
+        target.resize(content.shape)
+    target[...] = content
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a NumPy array that can be written to."""
+    numpy = sys.modules.get("numpy")  # there are no arrays before someone imports it
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.flags.writeable
+
+
+def _do_all(calls: Sequence[Callable[[], Any]]) -> None:
+    """Call each in this order, also after one that raises; its error goes on at the end."""
+    with ExitStack() as stack:
+        for call in reversed(calls):  # the stack begins with the last
+            stack.callback(call)
+
+
 class _Snapshot:
     """Remembers what objects hold and puts it back into the very same objects.
 
-    It follows dicts, lists, tuples, modules and optimizers. Of tensors it makes copies, so nothing
-    that is written later reaches them; gradients are set aside and not copied, because
-    :meth:`set_gradients_aside` has backward make new ones. All else is kept by reference.
+    It follows dicts, lists, tuples, sets, deques, modules and optimizers. Of tensors and arrays it
+    makes copies, so nothing that is written later reaches them; gradients are set aside and not
+    copied, because :meth:`set_gradients_aside` has backward make new ones. All else is kept by
+    reference.
     """
 
     def __init__(self) -> None:
@@ -67,6 +98,15 @@ class _Snapshot:
         elif isinstance(value, list):
             self._undo.append(partial(_refill_list, value, list(value)))
             inside = value
+        elif isinstance(value, set):
+            self._undo.append(partial(_refill_set, value, set(value)))
+            inside = list(value)
+        elif isinstance(value, deque):
+            self._undo.append(partial(_refill_deque, value, list(value)))
+            inside = list(value)
+        elif _is_array(value):
+            self._undo.append(partial(_refill_array, value, value.copy()))
+            inside = value.ravel().tolist() if value.dtype.hasobject else []
         elif isinstance(value, tuple):
             inside = list(value)
         elif isinstance(value, torch.nn.Module):
@@ -82,8 +122,7 @@ class _Snapshot:
             leaf.grad = None
 
     def restore(self) -> None:
-        for undo in self._undo:
-            undo()
+        _do_all(self._undo)
 
 
 def _keep_rng() -> Callable[[], None]:
@@ -97,12 +136,7 @@ def _keep_rng() -> Callable[[], None]:
         undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
     if torch.cuda.is_initialized():
         undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-
-    def restore() -> None:
-        for each in undo:
-            each()
-
-    return restore
+    return partial(_do_all, undo)
 
 
 def _keep_other(value: Any) -> Callable[[], Any]:
@@ -146,11 +180,16 @@ def trial(
 ) -> Iterator[None]:
     """Within the block one may train; after it, everything is as it was, bit for bit.
 
-    However the block ends. Back are: parameters, gradients, buffers (also those that are not
-    persistent), other attributes and the mode of all modules; state, groups and other attributes
-    of the optimizer, a learning rate in a tensor included; the scaler; Python's, NumPy's and
-    torch's generators on the CPU and on CUDA (where in use before). Tensors stay the same objects
-    and keep their memory. It takes a copy of all these tensors where they are.
+    However the block ends; when something cannot be restored, all else is, and then that error
+    goes on. Back are: parameters, gradients, buffers (also those that are not persistent), other
+    attributes and the mode of all modules; state, groups and other attributes of the optimizer, a
+    learning rate in a tensor included; the scaler; Python's, NumPy's and torch's generators on the
+    CPU and on CUDA (where in use before). Tensors stay the same objects and keep their memory. It
+    takes a copy of all these tensors where they are.
+
+    Of attributes, dicts, lists, tuples, sets, deques, tensors and NumPy arrays get back what is in
+    them. Any other object is the same one again, but what the block has changed inside it (in one
+    of a class of your own, a bytearray, a ``random.Random``) stays changed.
 
     Args:
         optimizer: Any. Its parameters count as given, in ``stateful`` or not.
@@ -178,11 +217,17 @@ def trial(
         snapshot.set_gradients_aside()
         yield
     finally:
-        for restore in others:  # first, because a scheduler may write into the groups
-            restore()
-        optimizer.state  # noqa: B018 # as above
-        snapshot.restore()
-        restore_rng()
+        undo: list[Callable[[], Any]] = [
+            *others,  # first, because a scheduler may write into the groups
+            partial(getattr, optimizer, "state"),  # as above
+            snapshot.restore,
+            restore_rng,
+        ]
+        try:
+            _do_all(undo)
+        except KeyboardInterrupt:  # it may have broken one off in the middle
+            _do_all(undo)
+            raise
 
 
 def train_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import CLASSES, DEVICE, every_class, table
 from torch import Tensor
 
 import fusedopt
+from fusedopt import trial
 from fusedopt.range_test import LRFinderResult, lr_range_test
 
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="of numbers, which are the CPU's")
@@ -674,3 +676,79 @@ def test_the_suggestion_trains_well(make: Callable[..., Any]) -> None:
 def test_every_class_can_be_swept(case: Any) -> None:
     setting = Setting(lambda model: case.ours(model.parameters()))
     assert len(setting.sweep(end_lr=1e-3).lrs) == 12
+
+
+class Stubborn:
+    """Does not take its state back."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise self.error
+
+
+@table("error", {"error": ValueError("no, thanks"), "Ctrl-C": KeyboardInterrupt("no, thanks")})
+def test_one_that_cannot_be_restored_does_not_keep_the_others(error: BaseException) -> None:
+    setting = Setting(adamw())
+    setting.train(2)
+    counts = torch.optim.lr_scheduler.LambdaLR(setting.optimizer, lambda step: 1.0)
+    before = everything(setting)
+
+    def closure(batch: Any) -> Tensor:
+        counts.last_epoch = 7
+        return setting.closure(batch)
+
+    with pytest.raises(type(error), match="no, thanks"):
+        setting.sweep(closure=closure, stateful=(setting.model, Stubborn(error), counts))
+    assert everything(setting) == before
+    assert counts.last_epoch == 0
+
+
+def test_an_interrupt_of_the_restoring_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(adamw())
+    setting.train(2)
+    before = everything(setting)
+    real, calls = trial._overwrite, itertools.count()
+
+    def overwrite(*args: Any) -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(trial, "_overwrite", overwrite)
+    with pytest.raises(KeyboardInterrupt):
+        setting.sweep()
+    assert everything(setting) == before
+
+
+def test_containers_get_back_what_was_in_them() -> None:
+    setting = Setting(adamw())
+    inner = [1]
+    held: dict[str, Any] = {
+        "set": {1, 2},
+        "deque": deque([inner, 2], maxlen=2),
+        "array": np.array([[1.0, np.nan]]),
+        "objects": np.array([[1], None], dtype=object),
+        "fixed": np.ones(2),
+    }
+    held["fixed"].flags.writeable = False
+    setting.model.held = held
+    before = str(held)
+
+    def closure(batch: Any) -> Tensor:
+        held["set"].add(3)
+        inner.append(5)
+        held["deque"].append(6)
+        held["array"] += 1
+        held["array"].resize((2, 1))
+        held["objects"][0] = 3
+        return setting.closure(batch)
+
+    same = {name: id(value) for name, value in held.items()}
+    setting.sweep(closure=closure)
+    assert str(setting.model.held) == before
+    assert {name: id(value) for name, value in held.items()} == same
