@@ -20,14 +20,27 @@ def number(name: str, value: Any) -> float:
         raise TypeError(f"{name} is not a number: {value!r}") from None
 
 
-def count(name: str, value: Any, least: int = 0) -> int:
-    """An integer, not too small."""
+def finite(name: str, value: Any) -> float:
+    """Neither nan nor infinite."""
+    checked = number(name, value)
+    if not math.isfinite(checked):
+        raise ValueError(f"{name} must be finite: {value!r}")
+    return checked
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer of any sign."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        whole = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is not an integer: {value!r}") from None
+
+
+def count(name: str, value: Any, least: int = 0) -> int:
+    """An integer, not too small."""
+    whole = integer(name, value)
     if whole < least:
         raise ValueError(f"{name} must be at least {least}: {value!r}")
     return whole

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import count, number
+from fusedopt.arguments import count, finite, finite_positive, not_negative, number
 from fusedopt.trial import check_arguments, train_step, trial
 
 
@@ -40,6 +40,7 @@ def check_initial_loss(
     num_classes: int | None = None,
     expected: float | None = None,
     rtol: float = 0.25,
+    atol: float = 1e-3,
 ) -> Check:
     """Whether a model that has learned nothing has the loss of one that knows nothing.
 
@@ -52,6 +53,7 @@ def check_initial_loss(
         num_classes: C, at least 2.
         expected: What the loss should be, for other losses; finite. Either this or C.
         rtol: How far it may lie from that, as a part of it (default: 0.25).
+        atol: How far beyond that, which counts where 0 is expected (default: 1e-3).
 
     Raises:
         TypeError: An argument is not a number.
@@ -64,17 +66,14 @@ def check_initial_loss(
         wanted = math.log(count("num_classes", num_classes, 2))
         why = f"ln({num_classes})"
     else:
-        wanted = number("expected", expected)
+        wanted = finite("expected", expected)
         why = "expected"
-        if not math.isfinite(wanted):
-            raise ValueError(f"expected must be finite: {expected!r}")
-    if not 0 < number("rtol", rtol) < math.inf:
-        raise ValueError(f"rtol must be positive and finite: {rtol!r}")
-    evidence = {"loss": value, "expected": wanted, "rtol": float(rtol)}
+    rtol, atol = finite_positive("rtol", rtol), not_negative("atol", atol)
+    evidence = {"loss": value, "expected": wanted, "rtol": rtol, "atol": atol}
     told = f"the initial loss is {value:.4g}; {why} is {wanted:.4g}"
     if not math.isfinite(value):
         return Check(False, f"{told}: look for bad data, logarithms of 0, and overflow", evidence)
-    if abs(value - wanted) <= rtol * abs(wanted):
+    if abs(value - wanted) <= atol + rtol * abs(wanted):
         return Check(True, told, evidence)
     if value > wanted:
         return Check(False, f"{told}: the initialization is too sure of wrong answers", evidence)
@@ -101,7 +100,8 @@ def overfit_batch(
     Args:
         closure: Takes the batch, returns the loss; no backward.
         batch: Five to ten samples are enough.
-        optimizer: Any; its learning rates are used as they are.
+        optimizer: Any whose ``step()`` needs no closure, so not ``torch.optim.LBFGS``; its
+            learning rates are used as they are.
         stateful: What the closure changes beside the optimizer's parameters: ``(model,)``, and
             generators or other objects with ``state_dict`` and ``load_state_dict``.
         scaler: A ``torch.amp.GradScaler`` to scale the loss with (default: None).
@@ -117,8 +117,7 @@ def overfit_batch(
     if not callable(closure):
         raise TypeError(f"closure is not callable: {closure!r}")
     count("steps", steps, 1)
-    if not math.isfinite(number("target", target)):
-        raise ValueError(f"target must be finite: {target!r}")
+    finite("target", target)
     losses: list[float] = []
     with trial(optimizer, stateful, scaler):
         for _ in range(steps):

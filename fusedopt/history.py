@@ -7,14 +7,15 @@ import html
 import io
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusedopt.arguments import number
+from fusedopt.arguments import below_one, count, finite_positive, integer, number
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -31,8 +32,7 @@ def ewma(values: Sequence[float], beta: float = 0.9) -> list[float]:
         ValueError: ``beta`` is not in [0, 1).
         TypeError: It is not a number.
     """
-    if not 0 <= number("beta", beta) < 1:
-        raise ValueError(f"beta must be at least 0 and below 1: {beta!r}")
+    below_one("beta", beta)
     average: float | None = None
     smooth = []
     for value in values:
@@ -94,6 +94,18 @@ def axes_for(ax: Any) -> Any:
     return pyplot.subplots()[1]
 
 
+def _write(path: str | Path, text: str) -> None:
+    """Write a file in one go: whatever fails, the old one is there, whole."""
+    target = Path(path).resolve()  # a link stays one
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class History:
     """What a training loop measures, by step: columns of numbers, with gaps.
 
@@ -125,8 +137,7 @@ class History:
             TypeError: The step is not an integer, or a metric not a number.
             ValueError: The step lies before the last one, or its row has this metric already.
         """
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step is not an integer: {step!r}")
+        step = integer("step", step)
         if self._steps and step < self._steps[-1]:
             raise ValueError(f"step must not lie before the last one, {self._steps[-1]}: {step!r}")
         if "step" in metrics:
@@ -215,12 +226,16 @@ class History:
         return history
 
     def to_csv(self, path: str | Path) -> None:
-        """Write a row for each step; numbers are exact, gaps are empty."""
+        """Write a row for each step; numbers are exact, gaps are empty.
+
+        An old file is replaced in one go, and stays as it is when that fails.
+        """
         columns = self._text()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+        file = io.StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        _write(path, file.getvalue())
 
     @classmethod
     def from_csv(cls, path: str | Path) -> History:
@@ -233,9 +248,11 @@ class History:
         return cls._from_text({n: [row[i] for row in rows[1:]] for i, n in enumerate(header)}, path)
 
     def to_json(self, path: str | Path) -> None:
-        """Write an object of columns, whose numbers are strings: JSON has no nan and no inf."""
-        text = json.dumps(self._text(), ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Write an object of columns, whose numbers are strings: JSON has no nan and no inf.
+
+        An old file is replaced as by :meth:`to_csv`.
+        """
+        _write(path, json.dumps(self._text(), ensure_ascii=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> History:
@@ -251,13 +268,25 @@ class History:
         return {"steps": list(self._steps), "columns": columns}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the rows of a :meth:`state_dict`, and no others. ValueError when they do not fit."""
-        steps = list(state_dict["steps"])
+        """Have the rows of a :meth:`state_dict`, and no others.
+
+        Raises:
+            TypeError: A step is not an integer, a value not a number, or a name not a string.
+            ValueError: The rows do not fit.
+        """
+        missing = [name for name in ("steps", "columns") if name not in state_dict]
+        if missing:
+            raise ValueError(f"state_dict is none of a History: it has no {', '.join(missing)}")
+        steps = [integer(f"steps[{i}]", step) for i, step in enumerate(state_dict["steps"])]
         columns = {
             name: [None if value is None else number(name, value) for value in column]
             for name, column in state_dict["columns"].items()
         }
         for name, column in columns.items():
+            if not isinstance(name, str):
+                raise TypeError(f"a column's name is not a string: {name!r}")
+            if name == "step":  # as in append()
+                raise ValueError(f"a column cannot be called step: {column}")
             if not any(value is not None for value in column):
                 raise ValueError(f"{name} has no values: {column}")
             if len(column) != len(steps):
@@ -352,7 +381,7 @@ class Thresholds:
     when it exceeds ``significant`` standard errors, by the noise that the curve itself shows.
 
     Attributes:
-        least_points: Fewer than this have no tenths.
+        least_points: Fewer than this have no tenths; at least 5, which the rules take.
         significant: Curves are compared in some ten places, so that 2 would be exceeded by chance.
         flat: A loss that has lost less than this part of its start has not fallen: as much comes
             from learning how frequent the classes are.
@@ -369,11 +398,14 @@ class Thresholds:
         swing: The spread of the second half around its trend, as a part of the total fall.
         lost: A loss that has lost this part of what it had gained has diverged, also when it
             stays finite.
-        exploded: So has one that ends at this many times its start.
+        exploded: So has one that ends at this many times its start; above 1.
         drop: A learning rate that falls to this part or less from one row to the next has been
             dropped. Smooth schedules do that in their last steps only.
         stalled: The fall after a drop, as a part of that in as many steps before it.
         remaining: The part of the start that must be left for a stop to be too early.
+
+    Raises:
+        TypeError, ValueError: A number is not one, not finite and positive, or too small.
     """
 
     least_points: int = 10
@@ -391,6 +423,13 @@ class Thresholds:
     drop: float = 0.5
     stalled: float = 0.2
     remaining: float = 0.25
+
+    def __post_init__(self) -> None:
+        count("least_points", self.least_points, 5)
+        for each in fields(self)[1:]:
+            finite_positive(each.name, getattr(self, each.name))
+        if self.exploded <= 1:
+            raise ValueError(f"exploded must be above 1: {self.exploded!r}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import count, number
+from fusedopt.arguments import below_one, count, finite_positive, number, one_of
 from fusedopt.history import axes_for, mean, noise
 from fusedopt.trial import check_arguments, train_step, trial
 
@@ -82,11 +82,9 @@ class LRFinderResult:
         return self._judge(rule, skip_start, skip_end)[1]
 
     def _judge(self, rule: str, skip_start: float, skip_end: float) -> tuple[float | None, str]:
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}: {rule!r}")
-        for name, value in (("skip_start", skip_start), ("skip_end", skip_end)):
-            if not 0 <= number(name, value) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
+        one_of(*RULES)("rule", rule)
+        below_one("skip_start", skip_start)
+        below_one("skip_end", skip_end)
         if skip_start + skip_end >= 1:
             raise ValueError(
                 f"skip_start={skip_start} and skip_end={skip_end} leave no points at all"
@@ -243,8 +241,9 @@ def lr_range_test(
     Args:
         closure: Takes a batch, returns the loss; no backward.
         batches: Any iterable, such as a loader. It starts again when it ends.
-        optimizer: Any; it is stepped. The sweep is of the first group's rate; others keep their
-            ratio to it (of ``initial_lr``, where a scheduler has left one).
+        optimizer: Any whose ``step()`` needs no closure, so not ``torch.optim.LBFGS``; it is
+            stepped. The sweep is of the first group's rate; others keep their ratio to it (of
+            ``initial_lr``, where a scheduler has left one).
         stateful: What the closure changes beside the optimizer's parameters: ``(model,)``, and
             generators or other objects with ``state_dict`` and ``load_state_dict``.
         scaler: A ``torch.amp.GradScaler`` to scale the loss with (default: None).
@@ -267,16 +266,13 @@ def lr_range_test(
             raise TypeError(f"{name} is not callable: {function!r}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is not iterable: {batches!r}")
-    if not 0 < number("start_lr", start_lr) < math.inf:
-        raise ValueError(f"start_lr must be positive and finite: {start_lr!r}")
+    finite_positive("start_lr", start_lr)
     if not start_lr < number("end_lr", end_lr) < math.inf:
         raise ValueError(f"end_lr must be finite and above start_lr={start_lr}: {end_lr!r}")
     count("num_iter", num_iter, 10)
     count("accumulate", accumulate, 1)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}: {mode!r}")
-    if not 0 <= number("smoothing", smoothing) < 1:
-        raise ValueError(f"smoothing must be at least 0 and below 1: {smoothing!r}")
+    one_of(*MODES)("mode", mode)
+    below_one("smoothing", smoothing)
     if diverge_factor is not None and not number("diverge_factor", diverge_factor) > 1:
         raise ValueError(f"diverge_factor must be above 1, or None: {diverge_factor!r}")
     ratios = _ratios(optimizer)

@@ -23,7 +23,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fusedopt.arguments import count, finite_positive, flag, not_negative, number, one_of
+from fusedopt.arguments import (
+    count,
+    finite,
+    finite_positive,
+    flag,
+    not_negative,
+    number,
+    one_of,
+    optional,
+)
+from fusedopt.history import axes_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -457,19 +467,19 @@ def plot_schedule(curve: Curve, n: int, ax: Axes | None = None) -> Axes:
         ValueError: As :func:`values`.
     """
     factors = values(curve, n)
-    if ax is None:
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError("plots need matplotlib: pip install matplotlib") from error
-        ax = pyplot.subplots()[1]
-    ax.plot(factors)
-    ax.set_xlabel("step")
-    ax.set_ylabel("factor of the base learning rate")
-    return ax
+    axes: Axes = axes_for(ax)
+    axes.plot(factors)
+    axes.set_xlabel("step")
+    axes.set_ylabel("factor of the base learning rate")
+    return axes
 
 
-PLATEAU_STATE = ("multiplier", "best", "num_bad", "cooldown_left")
+PLATEAU_STATE = {
+    "multiplier": _ratio,
+    "best": optional(finite),
+    "num_bad": count,
+    "cooldown_left": count,
+}
 SCHEDULER_STATE = (
     "last_epoch",
     "_step_count",
@@ -486,6 +496,15 @@ def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
+
+
+def _rates(name: str, values: Any) -> list[float]:
+    return [number(f"{name}[{i}]", value) for i, value in enumerate(_items(name, values))]
+
+
+def _plateau_state(state: dict[str, Any]) -> dict[str, Any]:
+    _check_keys("a Plateau", state, PLATEAU_STATE)
+    return {name: check(name, state[name]) for name, check in PLATEAU_STATE.items()}
 
 
 @dataclass(eq=False)
@@ -578,11 +597,10 @@ class Plateau:
         """Take over a state. The arguments stay the constructor's.
 
         Raises:
-            ValueError: When the state is another object's.
+            TypeError, ValueError: When the state is another object's; nothing is changed then.
         """
-        _check_keys("a Plateau", state_dict, PLATEAU_STATE)
-        for name in PLATEAU_STATE:
-            setattr(self, name, state_dict[name])
+        for name, value in _plateau_state(state_dict).items():
+            setattr(self, name, value)
 
 
 class ScheduleLR(LRScheduler):
@@ -631,7 +649,8 @@ class ScheduleLR(LRScheduler):
         )
         self.plateau = plateau
         self._cooldown: wsd | None = None
-        self._factors(last_epoch + 1, len(optimizer.param_groups))  # before anything is changed
+        # Before anything is changed.
+        self._factors(last_epoch + 1, len(optimizer.param_groups), None, self._multiplier())
         super().__init__(optimizer, last_epoch)
 
     def step(self, metric: float | Tensor | None = None) -> None:
@@ -660,13 +679,22 @@ class ScheduleLR(LRScheduler):
                 (default: 0.0).
 
         Raises:
-            RuntimeError: When a cooldown has begun already.
+            RuntimeError: When a cooldown has begun already, or when a group's factor is 0 now, as
+                in the first step of a warm-up, because it would stay 0. A curve ``constant(0.0)``
+                wants that and is let pass.
         """
         if self._cooldown is not None:
             raise RuntimeError(f"the cooldown has begun at step {self._cooldown.stable} already")
         _steps("steps", steps)
         at = max(self.last_epoch, 0)  # -1 where SequentialLR has not come to this one yet
-        self._cooldown = wsd(at, steps, shape=shape, min_ratio=min_ratio)
+        cooldown = wsd(at, steps, shape=shape, min_ratio=min_ratio)
+        for curve in self.schedule:
+            if curve != constant(0.0) and _factor(curve, at) == 0:
+                raise RuntimeError(
+                    f"a cooldown from step {at} would keep the learning rate at 0 for good, which "
+                    f"is the factor of {curve} there: begin it later"
+                )
+        self._cooldown = cooldown
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates of this step. To read them, ``get_last_lr()`` is the way."""
@@ -675,16 +703,19 @@ class ScheduleLR(LRScheduler):
             lr = group["lr"]
             group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
             self.base_lrs.append(float(group["initial_lr"]))
-        factors = self._factors(self.last_epoch, len(groups))
+        factors = self._factors(self.last_epoch, len(groups), self._cooldown, self._multiplier())
         bases = [float(base) for base in self.base_lrs]  # tensors at first, where lr is one
         self.base_lrs = [*bases]
         return [base * factor for base, factor in zip(bases, factors, strict=True)]
 
-    def _factors(self, t: int, groups: int) -> list[float]:
-        at, scale = t, 1.0 if self.plateau is None else self.plateau.multiplier
-        if self._cooldown is not None:
-            at = min(t, self._cooldown.stable)
-            scale *= self._cooldown(t)
+    def _multiplier(self) -> float:
+        return 1.0 if self.plateau is None else self.plateau.multiplier
+
+    def _factors(self, t: int, groups: int, cooldown: wsd | None, scale: float) -> list[float]:
+        at = t
+        if cooldown is not None:
+            at = min(t, cooldown.stable)
+            scale *= cooldown(t)
         factors = [_factor(curve, at) * scale for curve in self.schedule]
         if len(factors) == 1:
             return factors * groups
@@ -713,12 +744,14 @@ class ScheduleLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was saved, and write its learning rates into the groups.
 
-        The order of this and the optimizer's ``load_state_dict`` does not matter. Base learning
-        rates are the state's, curves and plateau the constructor's. When these are others than
-        those of the state, a warning tells, and the learning rates are computed by the new ones.
+        Base learning rates are the state's, curves and plateau the constructor's. When these are
+        others than those of the state, a warning tells, and the learning rates are computed by the
+        new ones: then load the optimizer first, because its state has the old learning rates. With
+        the same ones the order does not matter.
 
         Raises:
-            ValueError: When the state is another scheduler's, or of other groups.
+            TypeError, ValueError: When the state is another scheduler's, or of other groups;
+                nothing is changed then.
         """
         _check_keys("a ScheduleLR", state_dict, SCHEDULER_STATE)
         groups = self.optimizer.param_groups
@@ -727,20 +760,34 @@ class ScheduleLR(LRScheduler):
                 f"state_dict has {len(state_dict['lr'])} parameter groups, the optimizer "
                 f"{len(groups)}: add the groups before loading"
             )
+        # All is checked and computed before anything is written.
+        last_epoch = count("last_epoch", state_dict["last_epoch"], -1)
+        step_count = count("_step_count", state_dict["_step_count"])
+        rates = {name: _rates(name, state_dict[name]) for name in ("base_lrs", "lr", "_last_lr")}
+        for name, found in rates.items():  # fewer where a group has been added since
+            if len(found) > len(groups):
+                raise ValueError(f"{name} has more rates than the {len(groups)} groups: {found}")
+        cooldown = None if state_dict["cooldown"] is None else wsd(**state_dict["cooldown"])
+        plateau: dict[str, Any] = {}
         if self.plateau is not None and state_dict["plateau"] is not None:
-            self.plateau.load_state_dict(state_dict["plateau"])
-        cooldown = state_dict["cooldown"]
-        self._cooldown = None if cooldown is None else wsd(**cooldown)
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = state_dict["_step_count"]
-        self.base_lrs = list(state_dict["base_lrs"])
-        self._last_lr = list(state_dict["_last_lr"])
-        lrs = state_dict["lr"]
+            plateau = _plateau_state(state_dict["plateau"])
+        lrs, last_lr = rates["lr"], rates["_last_lr"]
         before, now = state_dict["schedule"], self._description()
-        if now != before and lrs == state_dict["_last_lr"]:
-            # Otherwise another scheduler is in charge, as within SequentialLR.
-            lrs = self.get_lr()
-            self._last_lr = [*lrs]
+        # Before its first step, or where the rates are not its last ones, another scheduler is in
+        # charge, as within SequentialLR.
+        if now != before and last_epoch >= 0 and lrs == last_lr:
+            scale = plateau.get("multiplier", self._multiplier())
+            factors = self._factors(last_epoch, len(groups), cooldown, scale)
+            lrs = [base * f for base, f in zip(rates["base_lrs"], factors, strict=True)]
+            last_lr = [*lrs]
+
+        if self.plateau is not None and plateau:
+            self.plateau.load_state_dict(plateau)
+        self._cooldown = cooldown
+        self.last_epoch = last_epoch
+        self._step_count = step_count
+        self.base_lrs = [*rates["base_lrs"]]
+        self._last_lr = [*last_lr]
         for group, lr in zip(groups, lrs, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)

@@ -153,6 +153,47 @@ def test_state_dict() -> None:
     assert len(back) == 6
 
 
+@table(
+    "wrong",
+    {
+        "step": ({"steps": ["a"]}, TypeError, r"steps\[0\] is not an integer: 'a'"),
+        "half": ({"steps": [0.5]}, TypeError, r"steps\[0\] is not an integer: 0.5"),
+        "bool": ({"steps": [True]}, TypeError, r"steps\[0\] is not an integer: True"),
+        "order": ({"steps": [2, 1]}, ValueError, r"steps must rise: \[2, 1\]"),
+        "name": ({"columns": {3: [1.0]}}, TypeError, "a column's name is not a string: 3"),
+        "called step": ({"columns": {"step": [1.0]}}, ValueError, r"be called step: \[1.0\]"),
+        "value": ({"columns": {"a": ["x"]}}, TypeError, "a is not a number: 'x'"),
+    },
+)
+def test_a_wrong_state_changes_nothing(wrong: Any) -> None:
+    change, error, message = wrong
+    history = awkward()
+    state = {"steps": [1], "columns": {}, **change}
+    with pytest.raises(error, match=message):
+        history.load_state_dict(state)
+    assert history == awkward()
+    with pytest.raises(ValueError, match="none of a History: it has no steps, columns"):
+        history.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_writing_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "some"
+    getattr(awkward(), f"to_{kind}")(path)
+    before = path.read_bytes()
+    wrong = awkward()
+    wrong.append(13, **{"\ud800": 1.0})  # half of a character, which no file can hold
+    with pytest.raises(UnicodeEncodeError):
+        getattr(wrong, f"to_{kind}")(path)
+    assert path.read_bytes() == before
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    getattr(History(), f"to_{kind}")(link)
+    assert link.is_symlink()
+    assert path.read_bytes() != before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "some"]
+
+
 # Views --------------------------------------------------------------------------------------------
 
 
@@ -467,6 +508,36 @@ def test_thresholds_are_used() -> None:
     history = curves(0, fall(2.3, 1.6, 0.1), fall(2.3, 1.62, 0.1))
     assert codes(diagnose(history)) == ["UNDERFITTING"]
     assert diagnose(history, thresholds=Thresholds(high=0.8)) == []
+
+
+@table(
+    "wrong",
+    {
+        "points": ({"least_points": 4}, ValueError, "least_points must be at least 5: 4"),
+        "half": ({"least_points": 9.5}, TypeError, "least_points is not an integer: 9.5"),
+        "nan": ({"flat": math.nan}, ValueError, "flat must be positive: nan"),
+        "inf": ({"gap": math.inf}, ValueError, "gap must be finite: inf"),
+        "negative": ({"drop": -0.5}, ValueError, "drop must be positive: -0.5"),
+        "text": ({"high": "x"}, TypeError, "high is not a number: 'x'"),
+        "last": ({"remaining": 0}, ValueError, "remaining must be positive: 0"),
+        "exploded": ({"exploded": 1.0}, ValueError, "exploded must be above 1: 1.0"),
+    },
+)
+def test_thresholds_are_checked(wrong: Any) -> None:
+    options, error, message = wrong
+    with pytest.raises(error, match=message):
+        Thresholds(**options)
+
+
+@pytest.mark.parametrize("points", range(40))
+def test_the_least_points_are_enough(points: int) -> None:
+    for seed in range(20):
+        rng, history = random.Random(seed), History()
+        for step in range(points):
+            for name in ("train_loss", "val_loss", "lr", "val_accuracy"):
+                history.append(step, **{name: 2.0 + seed % 2 * rng.random() - 0.9 * step / points})
+        found = codes(diagnose(history, thresholds=Thresholds(least_points=5)))
+        assert ("INSUFFICIENT_DATA" in found) is (points < 5)
 
 
 def test_too_high_and_too_low_look_alike() -> None:

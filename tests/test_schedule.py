@@ -652,6 +652,18 @@ def test_another_configuration_than_the_checkpoints() -> None:
     assert lrs_of(strict.optimizer) == [0.1 * linear(50)(20)]  # nothing is half loaded
 
 
+def test_another_configuration_after_the_optimizer() -> None:
+    """The order that the documentation asks for, as the optimizer's state has the old rates."""
+    assert "load the optimizer first" in " ".join(str(ScheduleLR.load_state_dict.__doc__).split())
+    first = ScheduleLR(optimizer_of(1.0), linear(10))
+    run(first, 5)
+    again = ScheduleLR(optimizer_of(1.0), linear(20))
+    again.optimizer.load_state_dict(first.optimizer.state_dict())
+    with pytest.warns(UserWarning, match="replaces"):
+        again.load_state_dict(saved(first))
+    assert lrs_of(again.optimizer) == again.get_last_lr() == [0.75]
+
+
 def test_a_function_again_is_the_same_configuration() -> None:
     """Though it lies at another address in another process."""
 
@@ -680,6 +692,48 @@ def test_foreign_states_are_refused() -> None:
     assert scheduler.state_dict() == before
     with pytest.raises(ValueError, match="not one of a Plateau: it has no multiplier"):
         Plateau().load_state_dict({"best": 1.0, "num_bad": 0, "cooldown_left": 0})
+
+
+@table(
+    "wrong",
+    {
+        "cooldown": ({"cooldown": {"stable": 0, "decay": 0}}, ValueError, "decay must be .*: 0"),
+        "plateau": ({"multiplier": "x"}, TypeError, "multiplier is not a number: 'x'"),
+        "large": ({"multiplier": 2.0}, ValueError, "multiplier must be between 0 and 1: 2.0"),
+        "best": ({"best": NAN}, ValueError, "best must be finite: nan"),
+        "bad": ({"num_bad": -1}, ValueError, "num_bad must be at least 0: -1"),
+        "left": ({"cooldown_left": None}, TypeError, "cooldown_left is not an integer: None"),
+        "last_epoch": ({"last_epoch": -2}, ValueError, "last_epoch must be at least -1: -2"),
+        "step_count": ({"_step_count": "a"}, TypeError, "_step_count is not an integer: 'a'"),
+        "lr": ({"lr": ["a"]}, TypeError, r"lr\[0\] is not a number: 'a'"),
+        "base_lrs": ({"base_lrs": [1.0, 2.0]}, ValueError, "base_lrs has more rates than the 1 gr"),
+        "_last_lr": ({"_last_lr": 1.0}, TypeError, "_last_lr is not a sequence: 1.0"),
+    },
+)
+def test_a_wrong_state_changes_nothing(wrong: Any) -> None:
+    change, error, message = wrong
+    first = ScheduleLR(optimizer_of(1.0), linear(20), plateau=Plateau(0.5, 0))
+    for _ in range(3):
+        stepped(first.optimizer)
+        first.step(1.0)
+    state = first.state_dict()
+    for name, value in change.items():
+        (state["plateau"] if name in state["plateau"] else state)[name] = value
+    again = ScheduleLR(optimizer_of(1.0), linear(10), plateau=Plateau(0.5, 0))
+    before = again.state_dict()
+    with pytest.raises(error, match=message):
+        again.load_state_dict(state)
+    assert again.state_dict() == before
+
+
+def test_a_curve_that_fails_in_loading_changes_nothing() -> None:
+    first = ScheduleLR(optimizer_of(1.0), linear(20), plateau=Plateau(0.5, 0))
+    run(first, 3)
+    again = ScheduleLR(optimizer_of(1.0), lambda t: 1 - t, plateau=Plateau(0.5, 0))
+    before = again.state_dict()
+    with pytest.raises(ValueError, match="at t=3 must be finite, not negative: -2"):
+        again.load_state_dict(saved(first))
+    assert again.state_dict() == before
 
 
 def test_resume_without_a_checkpoint() -> None:
@@ -745,6 +799,23 @@ def test_another_configuration_of_one_that_is_not_in_charge() -> None:
         again.load_state_dict(saved(first))
     stepped(again.optimizer)
     assert run(again, 5) == run(first, 5)
+
+
+def test_another_configuration_of_one_that_is_not_reached_yet() -> None:
+    """It does not compute the learning rate of the step before its first."""
+
+    def make(total: int) -> Any:
+        optimizer = optimizer_of(1.0)
+        parts = [ScheduleLR(optimizer, constant()), ScheduleLR(optimizer, linear(total))]
+        return stock.SequentialLR(optimizer, parts, milestones=[10])
+
+    first, again = make(10), make(20)
+    run(first, 3)
+    with pytest.warns(UserWarning, match="total=20.* replaces .*total=10"):
+        again.load_state_dict(saved(first))
+    assert lrs_of(again.optimizer) == [1.0]
+    stepped(again.optimizer)
+    assert run(again, 9) == [1.0] * 8 + [0.95]
 
 
 def test_is_a_torch_scheduler() -> None:
@@ -820,6 +891,16 @@ def test_cooldown_begins_once() -> None:
     scheduler.cooldown(5)
     with pytest.raises(RuntimeError, match="has begun at step 7 already"):
         scheduler.cooldown(5)
+
+
+def test_cooldown_from_zero_is_refused() -> None:
+    """It would stay there for good."""
+    scheduler = ScheduleLR(optimizer_of(1.0, 1.0), [warmup(constant(), 10), constant(0.0)])
+    with pytest.raises(RuntimeError, match="from step 0 would keep the learning rate at 0"):
+        scheduler.cooldown(5)
+    run(scheduler, 1)
+    scheduler.cooldown(5)  # that of the other group is meant
+    assert lrs_of(scheduler.optimizer) == [0.1, 0.0]
 
 
 def test_cooldown_within_sequential() -> None:
