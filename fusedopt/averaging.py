@@ -199,19 +199,21 @@ class WeightAverage:
         """
         live = self._match(model, "swap")
         parameters = {name for name, _ in model.named_parameters()}
-        own: dict[str, Tensor | None] = {}  # of what has been exchanged; None: the average has it
+        # Each is noted before it is written, for an interrupt may come between any two copies.
+        own: dict[str, Tensor | None] = {}  # the model's own weights; None: the average has them
+        lent: set[str] = set()  # of which the model has the average, and nothing else need have it
         versions: dict[str, int] = {}
         self._swapped = True
         try:
             with torch.no_grad():
                 for name, average in self.averages.items():
-                    if live[name].dtype == average.dtype:
-                        _exchange(live[name], average)
+                    own[name] = kept = live[name].clone()
+                    live[name].copy_(average)
+                    if kept.dtype == average.dtype:
+                        lent.add(name)
+                        average.copy_(kept)
                         own[name] = None
-                    else:
-                        kept = live[name].clone()
-                        live[name].copy_(average)
-                        own[name] = kept
+                    del kept  # or the last would stay in memory as long as the block
                     versions[name] = live[name]._version
             yield
         finally:
@@ -222,7 +224,7 @@ class WeightAverage:
                     if weight is None:
                         _exchange(live[name], self.averages[name])
                     else:
-                        if name in changed:
+                        if name in lent or name in changed:
                             self.averages[name].copy_(live[name])
                         live[name].copy_(weight)
             self._swapped = False
@@ -275,6 +277,7 @@ class WeightAverage:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
+            TypeError: An entry that should be a tensor is none.
             ValueError: It does not match; the message has the first name that differs.
             RuntimeError: Within :meth:`swap`.
         """
@@ -283,6 +286,9 @@ class WeightAverage:
         if "n_averaged" not in state_dict:
             raise ValueError("state_dict has no 'n_averaged'")
         mine = {name: self.averages[first] for name, first in self._saved.items()}
+        for name in mine:
+            if name in loaded and not isinstance(loaded[name], Tensor):
+                raise TypeError(f"state_dict has {name!r}, which is no tensor: {loaded[name]!r}")
         _check_same(mine, loaded, "state_dict")
         self.n_averaged = int(state_dict["n_averaged"])
         guess = self._start + self.n_averaged * self._every if self.n_averaged else 0
@@ -585,10 +591,11 @@ def average_checkpoints(
             first = {name: _kind(value) for name, value in entries.items()}
             for name, value in entries.items():
                 if isinstance(value, Tensor) and _averaged(value):
-                    means[name] = torch.empty_like(value)
+                    # At once, as torch cannot promote 8-bit floats to anything.
+                    means[name] = torch.empty_like(value, dtype=wide_dtype(value))
         _check_kinds(first, {name: _kind(value) for name, value in entries.items()}, where)
         for name, mean in means.items():
-            # As wide as the first one needs it, and a later one may need more.
+            # A later one may need it wider than the first.
             wide = torch.promote_types(mean.dtype, wide_dtype(entries[name]))
             means[name] = mean = mean.to(wide)
             _take_in(mean, entries[name], share)

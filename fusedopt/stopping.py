@@ -378,20 +378,29 @@ class EarlyStopping:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: It is of other metrics, or of another mode.
+            ValueError: It is of other metrics, of another mode, or not an EarlyStopping's at all.
         """
-        loaded = state_dict["metrics"]
-        found = {name: entry["mode"] for name, entry in loaded.items()}
         own = {name: rule.mode for name, rule in self._rules.items()}
-        if found != own:
-            raise ValueError(f"state_dict is of the metrics {found}, not {own}")
-        metrics = tuple(
-            Progress(*(loaded[name][field] for field in Progress._fields)) for name in self._rules
-        )
-        reason = StopReason[state_dict["reason"]]
+        try:
+            loaded = state_dict["metrics"]
+            found = {name: entry["mode"] for name, entry in loaded.items()}
+            if found != own:
+                raise ValueError(f"state_dict is of the metrics {found}, not {own}")
+            metrics = tuple(
+                Progress(*(loaded[name][field] for field in Progress._fields)) for name in own
+            )
+            reason = StopReason[state_dict["reason"]]
+            steps, improved = state_dict["steps"], state_dict["improved"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _not_a_state(state_dict, "EarlyStopping", error) from error
         if reason is StopReason.PATIENCE and not self._out_of_patience(metrics):
             reason = StopReason.NOT_STOPPED
-        self._state = _State(state_dict["steps"], metrics, state_dict["improved"], reason)
+        self._state = _State(steps, metrics, improved, reason)
+
+
+def _not_a_state(state_dict: Any, whose: str, error: Exception) -> ValueError:
+    what = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+    return ValueError(f"state_dict is not that of {whose}, but has {what!r} ({error!r})")
 
 
 def _modes(monitor: Any, mode: Any) -> dict[str, str]:
@@ -515,8 +524,9 @@ class BestWeights:
             The step that was given to :meth:`save`.
 
         Raises:
-            RuntimeError: Nothing was saved, or the file is no longer the one that was.
-            ValueError: An entry is not what it was; the message names it.
+            RuntimeError: Nothing was saved, or the file is of another step now.
+            ValueError: An entry is not what it was; the message names it. Or the file holds
+                something else altogether.
         """
         if self.step is None:
             raise RuntimeError("there is nothing to restore: nothing was saved")
@@ -607,14 +617,24 @@ class BestWeights:
             raise
 
     def _load(self) -> dict[str, Any]:
-        found = torch.load(self._storage, map_location="cpu", weights_only=True)
-        if found["step"] != self.step:
+        step, kept = _read(Path(self._storage))
+        if step != self.step:
             raise RuntimeError(
-                f"{self._storage} holds step {found['step']}, not step {self.step}: "
+                f"{self._storage} holds step {step}, not step {self.step}: "
                 "someone else has written it"
             )
-        kept: dict[str, Any] = found["kept"]
         return kept
+
+    def _check(self, kept: Mapping[str, Any], where: str) -> None:
+        """What would not fit in the end shall be told before training goes on for it."""
+        if kept.keys() != self._stateful.keys():
+            raise ValueError(f"{where} is of {list(kept)}, not of {list(self._stateful)}")
+        for name, item in self._stateful.items():
+            if isinstance(item, (nn.Module, torch.optim.Optimizer)):
+                try:
+                    _check_same(name, item, kept[name], item.state_dict())
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
 
     def __enter__(self) -> BestWeights:
         return self
@@ -642,21 +662,49 @@ class BestWeights:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: It is of other names; or in a file, and not in the one that is storage.
+            ValueError: It is of other names, shapes or groups than the objects are now, or not a
+                BestWeights' at all. Or it is of a file, and storage is none; or that file holds
+                another step, or something else. Then nothing has changed.
         """
-        step, kept = state_dict["step"], state_dict["kept"]
+        try:
+            step, kept = state_dict["step"], dict(state_dict["kept"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _not_a_state(state_dict, "BestWeights", error) from error
         if step is None:
             self.step = None
             return
         if not kept:
             if not isinstance(self._storage, Path) or not self._storage.is_file():
                 raise ValueError(f"state_dict is of a file, and storage is {self._storage!r}")
+            found, kept = _read(self._storage, mmap=True)  # most of it need not be read now
+            if found != step:
+                # Only the user can know whether that one is of this run, and whether to take it.
+                later = isinstance(found, int) and found > step
+                raise ValueError(
+                    f"{self._storage} holds step {found}, but state_dict is of step {step}: "
+                    + ("a later best was saved after the checkpoint" if later else "an older file")
+                    + f"; to take it, load {{**state_dict, 'step': {found!r}}}"
+                )
+            self._check(kept, str(self._storage))
             self.step = step
             return
-        if kept.keys() != self._stateful.keys():
-            raise ValueError(f"state_dict is of {list(kept)}, not of {list(self._stateful)}")
+        self._check(kept, "state_dict")
         with torch.inference_mode(False), torch.no_grad():
             self._keep(kept, step)
+
+
+def _read(path: Path, *, mmap: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The step and the states in a file."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is not what BestWeights has written: {error}") from error
+    if not (isinstance(found, dict) and "step" in found and isinstance(found.get("kept"), dict)):
+        what = list(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} is not what BestWeights has written, but holds {what}")
+    return found["step"], found["kept"]
 
 
 def _tensors(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Tensor]]:
@@ -696,6 +744,8 @@ def _check_same(name: str, item: nn.Module | torch.optim.Optimizer, kept: Any, n
                 when = "was not there" if path in after else "is no longer there"
                 raise ValueError(f"{name}: {_text(path)} {when}{_SINCE}")
     else:
+        if not isinstance(kept, Mapping) or "param_groups" not in kept:
+            raise ValueError(f"{name}: an optimizer now, but was none{_SINCE}")
         sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (kept, now)]
         if sizes[0] != sizes[1]:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import math
 import struct
@@ -397,6 +398,33 @@ def test_swap_when_memory_runs_out_on_the_way(monkeypatch: pytest.MonkeyPatch) -
     assert_equal(ema.averages, averages)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupt_between_any_two_copies(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(dtype)
+    ema = averaged(model)
+    own, averages = contents(model), {n: t.clone() for n, t in ema.averages.items()}
+    copy_ = Tensor.copy_
+
+    copies_on_entry = sum(2 if own[n].dtype == t.dtype else 1 for n, t in averages.items())
+    for at in range(1, copies_on_entry + 1):
+        calls = itertools.count(1)
+
+        def copies(tensor: Tensor, source: Tensor) -> Tensor:
+            copy_(tensor, source)
+            if next(calls) == at:  # noqa: B023 # called within this round only
+                raise KeyboardInterrupt
+            return tensor
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "copy_", copies)
+            with pytest.raises(KeyboardInterrupt), ema.swap(model):
+                pytest.fail("the block is not entered")
+        assert_equal(contents(model), own)
+        assert_equal(ema.averages, averages)
+
+
 def test_no_use_within_swap() -> None:
     model = make_model()
     ema = averaged(model)
@@ -563,6 +591,8 @@ def test_loading_copies_and_checks() -> None:
     assert_equal(state, saved)
     with pytest.raises(ValueError, match="no 'n_averaged'"):
         ema.load_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match=r"'0\.bias', which is no tensor: 'gone'"):
+        ema.load_state_dict({**saved, "module.0.bias": "gone"})
     plain = OrderedDict(saved)  # a dict that has lost what is beside its entries
     ema.load_state_dict(dict(plain))
     assert ema.n_averaged == 0
@@ -756,6 +786,19 @@ def test_a_wider_checkpoint_widens_the_sum() -> None:
     result = average_checkpoints([{"w": torch.zeros(1)}, {"w": third}])["w"]
     assert result.dtype == torch.float64
     assert result.item() == 1 / 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_checkpoints_of_8_bit_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.pt" for i in range(3)]
+    for path, value in zip(paths, (0.5, 1.0, 4.5), strict=True):
+        torch.save({"w": torch.full((3,), value).to(dtype)}, path)
+    expected = torch.full((3,), sum(float(torch.tensor(v).to(dtype)) for v in (0.5, 1, 4.5)) / 3)
+    found = average_checkpoints(paths)["w"]
+    assert found.dtype == dtype
+    assert torch.equal(found.float(), expected.to(dtype).float())
+    wide = average_checkpoints([*paths, {"w": torch.full((3,), 2.0)}], weights=[1, 1, 1, 0])["w"]
+    torch.testing.assert_close(wide, expected)
 
 
 def test_new_memory_does_not_matter() -> None:

@@ -368,6 +368,26 @@ def test_resuming_something_else(monitor: dict[str, str]) -> None:
     assert stopper.state_dict() == before
 
 
+@table(
+    "state",
+    {
+        "empty": {},
+        "no mapping": None,
+        "best weights'": {"step": None, "kept": {}},
+        "reason": EarlyStopping().state_dict() | {"reason": "BORED"},
+        "metrics": EarlyStopping().state_dict() | {"metrics": [1.0]},
+        "progress": EarlyStopping().state_dict() | {"metrics": {"val_loss": {"mode": "min"}}},
+    },
+)
+def test_resuming_from_no_state_at_all(state: Any) -> None:
+    stopper = EarlyStopping()
+    stopper.step(1.0)
+    before = stopper.state_dict()
+    with pytest.raises(ValueError, match="state_dict is not that of EarlyStopping"):
+        stopper.load_state_dict(state)
+    assert stopper.state_dict() == before
+
+
 RANK = """
 import json, math, sys
 import torch
@@ -987,6 +1007,97 @@ def test_resuming_between_storages(tmp_path: Path) -> None:
         in_file.load_state_dict(in_file.state_dict())
     with pytest.raises(ValueError, match=r"of \['model'\], not of \['net'\]"):
         BestWeights({"net": model}).load_state_dict(in_memory.state_dict())
+
+
+def test_resuming_when_the_file_is_of_another_step(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    path = tmp_path / "best.pt"
+    best = BestWeights({"model": model}, storage=path)
+    best.save(7)
+    checkpoint = through_a_file(best.state_dict())
+    nn.init.ones_(model.weight)
+    best.save(12)
+    resumed = BestWeights({"model": model}, storage=path)
+    with pytest.raises(ValueError, match=r"best\.pt holds step 12.*of step 7: a later best"):
+        resumed.load_state_dict(checkpoint)
+    assert resumed.step is None
+    nn.init.zeros_(model.weight)
+    resumed.load_state_dict({**checkpoint, "step": 12})
+    assert resumed.restore() == 12
+    assert torch.equal(model.weight, torch.ones_like(model.weight))
+    best.save(3)
+    with pytest.raises(ValueError, match=r"best\.pt holds step 3.*of step 7: an older file"):
+        resumed.load_state_dict(checkpoint)
+    assert resumed.step == 12
+
+
+@table(
+    "row",
+    {
+        "text": ("no checkpoint at all", r"best\.pt is not what BestWeights has written: "),
+        "empty": ("", r"best\.pt is not what BestWeights has written: "),
+        "list": ([1], r"best\.pt is not what BestWeights has written, but holds list"),
+        "a model": ({"weight": torch.ones(1)}, r"written, but holds \['weight'\]"),
+        "names": (
+            {"step": 7, "kept": {"net": {}}},
+            r"best\.pt is of \['net'\], not of \['model'\]",
+        ),
+        "shapes": (
+            {"step": 7, "kept": {"model": nn.Linear(3, 2).state_dict()}},
+            r"best\.pt: model: weight has the shape \(2, 2\), but had \(2, 3\)",
+        ),
+    },
+)
+def test_resuming_when_the_file_holds_something_else(row: tuple[Any, str], tmp_path: Path) -> None:
+    content, message = row
+    path = tmp_path / "best.pt"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        torch.save(content, path)
+    best = BestWeights({"model": nn.Linear(2, 2)}, storage=path)
+    with pytest.raises(ValueError, match=message):
+        best.load_state_dict({"step": 7, "kept": {}})
+    assert best.step is None
+
+
+def test_a_file_that_is_spoilt_before_the_restore(tmp_path: Path) -> None:
+    best = BestWeights({"model": nn.Linear(2, 2)}, storage=tmp_path / "best.pt")
+    best.save(0)
+    (tmp_path / "best.pt").write_text("gone")
+    with pytest.raises(ValueError, match=r"best\.pt is not what BestWeights has written"):
+        best.restore()
+
+
+@table(
+    "row",
+    {
+        "empty": ({}, "state_dict is not that of BestWeights"),
+        "no mapping": (None, "state_dict is not that of BestWeights, but has None"),
+        "shapes": (
+            {"net": nn.Linear(3, 2).state_dict(), "sgd": {"param_groups": [{"params": [0, 1]}]}},
+            r"state_dict: net: weight has the shape \(2, 2\), but had \(2, 3\)",
+        ),
+        "groups": (
+            {"net": nn.Linear(2, 2).state_dict(), "sgd": {"param_groups": [{"params": [0]}]}},
+            r"state_dict: sgd: param_groups have \[2\] parameters, but had \[1\]",
+        ),
+        "no optimizer's": (
+            {"net": nn.Linear(2, 2).state_dict(), "sgd": {}},
+            "state_dict: sgd: an optimizer now, but was none",
+        ),
+    },
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_resuming_from_another_state(row: tuple[Any, str], in_file: bool, tmp_path: Path) -> None:
+    kept, message = row
+    net = nn.Linear(2, 2)
+    items = {"net": net, "sgd": torch.optim.SGD(net.parameters())}
+    best = BestWeights(items, storage=tmp_path / "best.pt" if in_file else "cpu")
+    best.save(5)
+    with pytest.raises(ValueError, match=message):
+        best.load_state_dict({"step": 7, "kept": kept} if kept else kept)
+    assert best.restore() == 5
 
 
 def test_someone_else_wrote_the_file(tmp_path: Path) -> None:
