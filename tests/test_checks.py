@@ -166,10 +166,8 @@ def test_overfit_batch_refuses(wrong: Any) -> None:
 
 
 def test_with_a_scaler() -> None:
-    if DEVICE.type != "cpu":
-        pytest.skip("of a scaler on the CPU")
     model, optimizer, batch, closure = setting()
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0, growth_interval=2)
     state = scaler.state_dict()
     plain = overfit_batch(closure, batch, optimizer, stateful=(model,))
     scaled = overfit_batch(closure, batch, optimizer, stateful=(model,), scaler=scaler)

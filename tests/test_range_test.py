@@ -300,10 +300,8 @@ def test_a_scheduler_finds_its_rates_again() -> None:
 
 
 def test_scaler() -> None:
-    if DEVICE.type != "cpu":
-        pytest.skip("of a scaler on the CPU")
     setting = Setting(adamw())
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=8.0, growth_interval=2)
     before = everything(setting), scaler.state_dict()
     plain = setting.sweep(end_lr=0.1)
     scaled = setting.sweep(end_lr=0.1, scaler=scaler)
