@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.arguments import below_one, count, finite_positive, number, one_of
-from fusedopt.history import axes_for, mean, noise
+from fusedopt.series import axes_for, mean, noise
 from fusedopt.trial import check_arguments, train_step, trial
 
 MODES = ("exponential", "linear")

@@ -33,7 +33,7 @@ from fusedopt.arguments import (
     one_of,
     optional,
 )
-from fusedopt.history import axes_for
+from fusedopt.series import axes_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
