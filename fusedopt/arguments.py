@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Check = Callable[[str, Any], Any]
@@ -78,11 +78,33 @@ def below_one(name: str, value: Any) -> float:
     return checked
 
 
+def ratio(name: str, value: Any) -> float:
+    """In [0, 1]."""
+    checked = number(name, value)
+    if not 0 <= checked <= 1:
+        raise ValueError(f"{name} must be between 0 and 1: {value!r}")
+    return checked
+
+
+def positive_ratio(name: str, value: Any) -> float:
+    """In (0, 1]."""
+    if ratio(name, value) == 0:
+        raise ValueError(f"{name} must be above 0: {value!r}")
+    return float(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is not True or False: {value!r}")
     return value
+
+
+def items(name: str, values: Any) -> list[Any]:
+    """What can be iterated over, but no text."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is not a sequence: {values!r}")
+    return list(values)
 
 
 def one_of(*choices: Any) -> Check:
@@ -99,3 +121,9 @@ def one_of(*choices: Any) -> Check:
 def optional(check: Check) -> Check:
     """None, or what passes another check."""
     return lambda name, value: None if value is None else check(name, value)
+
+
+def check_fields(owner: object, **checks: Check) -> None:
+    """Put fields through their checks; what is checked may be frozen."""
+    for name, check in checks.items():
+        object.__setattr__(owner, name, check(name, getattr(owner, name)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytest.register_assert_rewrite("schedules")  # which then tells what was compared, as tests do
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
