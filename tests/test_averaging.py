@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import table
+from helpers import table, through_a_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -497,13 +496,6 @@ def test_copy_to(dtype: torch.dtype) -> None:
 
 
 # --- Checkpoints of averages ----------------------------------------------------------------------
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @table(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import table
+from helpers import table, through_a_file
 from schedules import CURVES, close, lrs_of, optimizer_of, run, stepped
 from torch.nn import Parameter
 from torch.optim import lr_scheduler as stock
@@ -42,11 +42,7 @@ NAN, INF = math.nan, math.inf
 
 
 def saved(scheduler: Any) -> Any:
-    """The state, through a file that may hold nothing but plain data."""
-    file = io.BytesIO()
-    torch.save(scheduler.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return through_a_file(scheduler.state_dict())
 
 
 # --- the scheduler --------------------------------------------------------------------------------
