@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import nn
+
 Check = Callable[[str, Any], Any]
 
 
@@ -105,6 +107,13 @@ def items(name: str, values: Any) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is not a sequence: {values!r}")
     return list(values)
+
+
+def torch_module(name: str, value: Any) -> nn.Module:
+    """A model, or a part of one."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} is not a torch.nn.Module: {value!r}")
+    return value
 
 
 def one_of(*choices: Any) -> Check:
