@@ -8,7 +8,8 @@
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
-#   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA)
+#   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA;
+#                   PARTS: only these, such as "bench pipeline")
 #   make docs       the documentation's site, in build/site
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
@@ -64,7 +65,7 @@ resources: build
 
 # On a machine with a GPU. Uses the Python that has torch for it, not .venv.
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py
+	$(PYTHON) benchmarks/gpu_report.py $(PARTS)
 
 docs: build/docs/installed
 	build/docs/bin/mkdocs build

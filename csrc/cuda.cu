@@ -1,4 +1,5 @@
 // The CUDA kernels: the bodies of cuda_warp.h on real warps.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda.h"
 
@@ -16,8 +18,6 @@
 namespace fusedopt {
 namespace cuda {
 
-// Threads keep a tile in registers: so there are few of them, but each has eight accesses of 16
-// bytes on the way at a time.
 constexpr int kBlockThreads = 128;
 constexpr int kBlockWarps = kBlockThreads / kWarpLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -63,6 +63,22 @@ class HardwareWarp {
     atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n));
   }
 
+  template <class T>
+  __device__ void copy(T* to, const T* from) {
+    __pipeline_memcpy_async(to, from, sizeof(T));
+  }
+
+  __device__ void commit() { __pipeline_commit(); }
+
+  // (The instruction takes a constant.)
+  template <int kN = 0>
+  __device__ void wait(int n) {
+    if constexpr (kN + 1 < kMaxDepth) {
+      if (n > kN) return wait<kN + 1>(n);
+    }
+    __pipeline_wait_prior(kN);
+  }
+
  private:
   State state_;
 };
@@ -72,6 +88,16 @@ __device__ inline int64_t warp_number() {
 }
 
 __device__ inline int64_t warp_count() { return int64_t(gridDim.x) * kBlockWarps; }
+
+// This warp's buffers in the block's dynamic shared memory.
+__device__ inline Buffers buffers_of_warp(uint32_t bytes, int depth) {
+  extern __shared__ Piece<kLargestPiece> pieces[];
+  uint32_t first = uint32_t(__cvta_generic_to_shared(pieces));
+  first += threadIdx.x / kWarpLanes * (depth * bytes);
+  // Kept in a register: else the compiler asks for the block's place in its cluster at each access.
+  asm volatile("" : "+r"(first));
+  return {static_cast<unsigned char*>(__cvta_shared_to_generic(first)), bytes, depth};
+}
 
 // Whether this block is the last of the launch to come here: then it sees what all have written.
 __device__ inline bool is_last_block(DeviceControl* control) {
@@ -88,26 +114,27 @@ __device__ inline bool is_last_block(DeviceControl* control) {
 }
 
 template <class T>
-constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;  // on a multiprocessor
 
 template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    update_kernel(const __grid_constant__ UpdateArguments arguments) {
+    update_kernel(const __grid_constant__ UpdateArguments arguments, int depth) {
   // (Of bytes: what is shared must not be initialized by all threads.)
   using Memory = WarpMemory<Rule, T>;
   __shared__ alignas(Memory) unsigned char memory[kBlockWarps][sizeof(Memory)];
   HardwareWarp<LaneTile<T>> warp;
-  update_warp<Rule, T>(arguments, warp,
-                       *reinterpret_cast<Memory*>(memory[threadIdx.x / kWarpLanes]), warp_number(),
-                       warp_count());
+  update_warp<Rule, T>(
+      arguments, warp, *reinterpret_cast<Memory*>(memory[threadIdx.x / kWarpLanes]),
+      buffers_of_warp(arguments.line.buffer_bytes, depth), warp_number(), warp_count());
   if (is_last_block(arguments.control)) finish_update(arguments, threadIdx.x, kBlockThreads);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    measure_kernel(const __grid_constant__ MeasureArguments arguments) {
+    measure_kernel(const __grid_constant__ MeasureArguments arguments, int depth) {
   HardwareWarp<LaneNorm> warp;
-  measure_warp<T>(arguments, warp, warp_number(), warp_count());
+  measure_warp<T>(arguments, warp, buffers_of_warp(arguments.line.grad_bytes, depth), warp_number(),
+                  warp_count());
   if (is_last_block(arguments.control) && threadIdx.x < kWarpLanes) {
     finish_measure(arguments, warp, warp_count());
   }
@@ -115,9 +142,10 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    accumulate_kernel(const __grid_constant__ DeviceLine line) {
+    accumulate_kernel(const __grid_constant__ DeviceLine line, int depth) {
   HardwareWarp<LaneTile<T>> warp;
-  accumulate_warp<T>(line, warp, warp_number(), warp_count());
+  accumulate_warp<T>(line, warp, buffers_of_warp(line.grad_bytes, depth), warp_number(),
+                     warp_count());
 }
 
 // Bytes on their way to the device, as a kernel's arguments: at most 4 KiB of these, or 32 KiB
@@ -179,20 +207,22 @@ class OnDevice {
   int before_;
 };
 
-// What make(device) returns, asked for only once for each device.
+using Key = std::pair<int, uint32_t>;  // a device, and what else it depends on
+
+// What make(key) returns, asked for only once for each key.
 template <class Make>
-auto once_per_device(int device, Make&& make) {
+auto once_per(const Key& key, Make&& make) {
   static std::mutex mutex;
-  static std::map<int, decltype(make(device))> known;
+  static std::map<Key, decltype(make(key))> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(device);
-  return found != known.end() ? found->second : known[device] = make(device);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known[key] = make(key);
 }
 
 int processors(int device) {
-  return once_per_device(device, [](int device) {
+  return once_per({device, 0}, [](const Key& key) {
     int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, key.first),
           "the number of multiprocessors");
     return count;
   });
@@ -201,25 +231,51 @@ int processors(int device) {
 // At most this many threads run on a multiprocessor, whatever its kind.
 constexpr int kMaxBlocks = 2048 / kBlockThreads;
 
-// The blocks of a kernel that run at a time on the current device.
+// How a kernel is launched whose warps need buffers of a certain size.
+struct Fit {
+  int depth;
+  size_t shared_bytes;  // of a block
+  int64_t blocks;       // that run at a time on the device
+};
+
+// What a warp should have on the way at a time: some dozen warps of a multiprocessor then have more
+// than its share of the memory delivers until the first of it comes.
+constexpr uint32_t kBytesAhead = 6144;
+
 template <auto kKernel>
-int64_t resident_blocks(int device) {
-  return once_per_device(device, [](int device) {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kBlockThreads, 0),
-          "the occupancy of a kernel");
-    return int64_t(processors(device)) * std::min(std::max(blocks, 1), kMaxBlocks);
-  });
+Fit fit(int device, uint32_t buffer_bytes) {
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "the size of shared memory");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kKernel), "the attributes of a kernel");
+  most -= int(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "more shared memory for a kernel");
+  const uint32_t ahead = kBytesAhead / std::max<uint32_t>(buffer_bytes, 1);
+  Fit fit = {std::min(1 + std::max(int(ahead), 1), kMaxDepth)};
+  const auto bytes = [&] { return size_t(kBlockWarps) * fit.depth * buffer_bytes; };
+  while (fit.depth > 1 && bytes() > size_t(most)) --fit.depth;
+  fit.shared_bytes = bytes();
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kBlockThreads,
+                                                      fit.shared_bytes),
+        "the occupancy of a kernel");
+  fit.blocks = int64_t(processors(device)) * std::min(std::max(blocks, 1), kMaxBlocks);
+  return fit;
 }
 
 // One grid of as many blocks as run at a time, or fewer when there is less to do.
 template <auto kKernel, class Arguments>
-void launch(const CudaQueue& queue, const Arguments& arguments, int64_t n_chunks) {
+void launch(const CudaQueue& queue, const Arguments& arguments, int64_t n_chunks,
+            uint32_t buffer_bytes) {
   const OnDevice on(queue.device);
+  const Fit chosen = once_per({queue.device, buffer_bytes},
+                              [](const Key& key) { return fit<kKernel>(key.first, key.second); });
   const int64_t wanted = (n_chunks + kBlockWarps - 1) / kBlockWarps;
-  const int64_t most = resident_blocks<kKernel>(queue.device);
-  const unsigned blocks = unsigned(std::max<int64_t>(1, std::min(wanted, most)));
-  kKernel<<<blocks, kBlockThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(arguments);
+  const unsigned blocks = unsigned(std::max<int64_t>(1, std::min(wanted, chosen.blocks)));
+  kKernel<<<blocks, kBlockThreads, chosen.shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
+      arguments, chosen.depth);
   check(cudaGetLastError(), "a launch failed");
 }
 
@@ -230,7 +286,8 @@ struct LaunchUpdate {
 
   template <class Rule>
   void run() const {
-    launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks);
+    launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks,
+                                   arguments.line.buffer_bytes);
   }
 };
 
@@ -262,10 +319,10 @@ int cuda_device_count() {
 }
 
 bool cuda_runs_on(int device) {
-  return cuda::once_per_device(device, [](int device) {
+  return cuda::once_per({device, 0}, [](const cuda::Key& key) {
     int count = 0;
     if (cudaGetDeviceCount(&count) == cudaErrorInsufficientDriver) return false;
-    const cuda::OnDevice on(device);
+    const cuda::OnDevice on(key.first);
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::accumulate_kernel<float>);
     switch (error) {
@@ -313,18 +370,19 @@ void cuda_update(const CudaQueue& queue, int rule, bool in_double,
 
 void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments) {
   const int64_t n = arguments.line.n_chunks;
+  const uint32_t bytes = arguments.line.grad_bytes;
   if (in_double) {
-    cuda::launch<cuda::measure_kernel<double>>(queue, arguments, n);
+    cuda::launch<cuda::measure_kernel<double>>(queue, arguments, n, bytes);
   } else {
-    cuda::launch<cuda::measure_kernel<float>>(queue, arguments, n);
+    cuda::launch<cuda::measure_kernel<float>>(queue, arguments, n, bytes);
   }
 }
 
 void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line) {
   if (in_double) {
-    cuda::launch<cuda::accumulate_kernel<double>>(queue, line, line.n_chunks);
+    cuda::launch<cuda::accumulate_kernel<double>>(queue, line, line.n_chunks, line.grad_bytes);
   } else {
-    cuda::launch<cuda::accumulate_kernel<float>>(queue, line, line.n_chunks);
+    cuda::launch<cuda::accumulate_kernel<float>>(queue, line, line.n_chunks, line.grad_bytes);
   }
 }
 

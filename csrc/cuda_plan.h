@@ -8,11 +8,38 @@
 
 namespace fusedopt {
 
+// An operand in device memory, and where its tiles (of kBlock elements) come to lie in the buffer
+// (cuda_buffer.h).
+struct DeviceOperand {
+  void* data = nullptr;            // of the gradient: none, it is in DeviceGrad
+  const Layout* layout = nullptr;  // null: the elements lie one after another
+  uint32_t place = 0;              // the tile's first byte in the buffer
+  uint8_t size = 0;                // bytes of an element; 0: there is no such operand
+  uint8_t buffered_size = 0;  // in the buffer: as `size`, but a float for a double among floats
+  bool dense = false;         // what lies in the buffer is what lies in memory
+  uint8_t misaligned = 0;     // that data must have for it to be copied by four elements
+};
+
+// No operand is at place 0, which so means that there is none; all are aligned to this.
+constexpr uint32_t kBufferBegin = 16;
+
+// Of a state's scale, each lane has a copy.
+constexpr uint32_t kScaleBytes = 32 * sizeof(float);
+
+// The first two, which is all that a norm reads; the others are listed without gaps.
+constexpr int kGradOperand = 0, kGradSumOperand = 1, kOtherOperands = 2;
+constexpr int kMaxOperands = 5 + kMaxStates;
+
 struct DeviceTask {
-  Task task;  // pointers to device memory; of `grad`, only dtype and layout hold. With `first`,
-              // state[0] has not been written as long as the counter is at `step`
+  // As in the Plan, but for the operands: dense, in the dtypes that they have in the buffer, and
+  // their data are places there. With `first`, state[0] has not been written as long as the counter
+  // is at `step`.
+  Task task;
   Extras extras;
-  void* step = nullptr;  // the parameter's counter, or null when nothing counts
+  DeviceOperand operands[kMaxOperands];
+  int32_t n_operands = kOtherOperands;
+  float* scale[kMaxStates] = {};  // of states in 8 bits, in device memory
+  void* step = nullptr;           // the parameter's counter, or null when nothing counts
   DType step_dtype = DType::kFloat32;
   int64_t place = 0;  // among all parameters of the step, for messages
 };
@@ -39,6 +66,8 @@ struct DeviceLine {
   int32_t n_tasks;
   int32_t chunk_tiles;
   int64_t n_chunks;
+  uint32_t grad_bytes;    // of a buffer for any tile's gradient and what was accumulated,
+  uint32_t buffer_bytes;  // and for all of its operands
 };
 
 // While measuring, non-finite gradients are noted as this less their task's place, so that the

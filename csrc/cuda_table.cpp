@@ -5,6 +5,8 @@
 #include <map>
 #include <utility>
 
+#include "layout.h"
+
 namespace fusedopt {
 namespace {
 
@@ -31,6 +33,60 @@ DeviceTask device_task(const Task& task, const DeviceCounter& counter) {
   device.place = counter.place;
   return device;
 }
+
+// Gives a task's operands their places in a buffer, and lists where they are in device memory.
+class Placer {
+ public:
+  Placer(DeviceTask* task, bool in_double) : task_(*task), in_double_(in_double) {
+    Task& parts = task_.task;
+    Extras& extras = task_.extras;
+    task_.operands[kGradOperand] = place(&parts.grad);
+    if (extras.grad_sum.data != nullptr) {
+      task_.operands[kGradSumOperand] = place(&extras.grad_sum);
+    }
+    grad_bytes_ = end_;
+    for (Operand* operand : {&parts.param, &extras.hidden, &extras.ema}) add(operand);
+    for (int k = 0; k < kMaxStates; ++k) {
+      add(&parts.state[k]);
+      if (parts.state[k].dtype != DType::kUInt8) continue;
+      task_.scale[k] = extras.scale[k];
+      extras.scale[k] = reinterpret_cast<float*>(uintptr_t(take(kScaleBytes)));
+    }
+  }
+
+  uint32_t grad_bytes() const { return grad_bytes_; }
+  uint32_t buffer_bytes() const { return end_; }
+
+ private:
+  DeviceOperand place(Operand* operand) {
+    DeviceOperand device;
+    device.data = operand->data;
+    device.layout = operand->layout;
+    device.size = uint8_t(item_size(operand->dtype));
+    if (operand->dtype == DType::kFloat64 && !in_double_) operand->dtype = DType::kFloat32;
+    device.buffered_size = uint8_t(item_size(operand->dtype));
+    device.place = take(kBlock * device.buffered_size);
+    device.dense = device.layout == nullptr && device.size == device.buffered_size;
+    device.misaligned = uint8_t(std::min(4 * device.size, 16) - 1);
+    operand->data = reinterpret_cast<void*>(uintptr_t(device.place));
+    operand->layout = nullptr;
+    return device;
+  }
+
+  void add(Operand* operand) {
+    if (operand->data != nullptr) task_.operands[task_.n_operands++] = place(operand);
+  }
+
+  uint32_t take(uint32_t bytes) {
+    const uint32_t begin = end_;
+    end_ += bytes;
+    return begin;
+  }
+
+  DeviceTask& task_;
+  bool in_double_;
+  uint32_t end_ = kBufferBegin, grad_bytes_ = 0;
+};
 
 // (Padding may differ between equal values. Then a part that has not changed is copied again.)
 template <class T>
@@ -133,6 +189,7 @@ void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>
   size_t n_layouts = 0;
   for (const Kind& kind : kinds_) {
     int64_t tile = 0, chunk = 0;
+    uint32_t grad_bytes = 0, buffer_bytes = 0;
     for (size_t k = 0; k < kind.places.size(); ++k) {
       const int64_t i = kind.places[k];
       DeviceTask task = device_task(*plan.tasks[i], counters[i]);
@@ -148,6 +205,9 @@ void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>
       // These are the gradients' part.
       task.task.grad.data = nullptr;
       task.extras.accumulated = false;
+      const Placer placer(&task, kind.in_double);
+      grad_bytes = std::max(grad_bytes, placer.grad_bytes());
+      buffer_bytes = std::max(buffer_bytes, placer.buffer_bytes());
       put(image, offset, task);
       put(image, kind.first_tile + k * sizeof(int64_t), tile);
       for (tile += tiles_of(*plan.tasks[i]); chunk * kind.chunk_tiles < tile; ++chunk) {
@@ -155,14 +215,15 @@ void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>
       }
     }
     put(image, kind.first_tile + kind.places.size() * sizeof(int64_t), tile);
-    launches_.push_back({kind.rule,
-                         kind.in_double,
-                         {static_cast<const DeviceTask*>(at(kind.tasks)),
-                          static_cast<const DeviceGrad*>(at(kind.grads)),
-                          static_cast<const DeviceGroup*>(at(groups_.begin)),
-                          static_cast<const int64_t*>(at(kind.first_tile)),
-                          static_cast<const int32_t*>(at(kind.chunk_task)),
-                          int32_t(kind.places.size()), int32_t(kind.chunk_tiles), kind.n_chunks}});
+    launches_.push_back(
+        {kind.rule,
+         kind.in_double,
+         {static_cast<const DeviceTask*>(at(kind.tasks)),
+          static_cast<const DeviceGrad*>(at(kind.grads)),
+          static_cast<const DeviceGroup*>(at(groups_.begin)),
+          static_cast<const int64_t*>(at(kind.first_tile)),
+          static_cast<const int32_t*>(at(kind.chunk_task)), int32_t(kind.places.size()),
+          int32_t(kind.chunk_tiles), kind.n_chunks, grad_bytes, buffer_bytes}});
   }
 }
 

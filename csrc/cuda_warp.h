@@ -4,62 +4,49 @@
 // its own registers (cuda.cu), or a loop over 32 structs, which is how tests run the very same
 // bodies without a GPU.
 //
-//     each(f)        calls f(lane, state) for all lanes
-//     once(f)        calls f() on one of them, while the others wait
-//     largest(f)     the largest of f(state), an unsigned integer, over the lanes
-//     sum(f)         the sum of f(state), a double, in a fixed order
-//     raise(to, n)   *to = max(*to, n), among all warps
+//     each(f)          calls f(lane, state) for all lanes
+//     once(f)          calls f() on one of them, while the others wait
+//     largest(f)       the largest of f(state), an unsigned integer, over the lanes
+//     sum(f)           the sum of f(state), a double, in a fixed order
+//     raise(to, n)     *to = max(*to, n), among all warps
+//     copy(to, from)   begins to copy a piece from device memory to a buffer
+//     commit()         what has begun since the last commit() is a batch
+//     wait(n)          until all batches but the last n are there; n < kMaxDepth
 //
-// A tile is two rows of 128 elements, of which each lane has four neighbours: accesses of 16 bytes
-// for floats, 8 for halves, next to those of the neighbouring lanes.
+// A lane waits for its own copies only.
 #pragma once
 
-#include "cuda_plan.h"
+#include "cuda_buffer.h"
 #include "norm.h"
 #include "select.h"
 #include "tile.h"
 
 namespace fusedopt::FUSEDOPT_ISA {
 
-#if defined(__CUDACC__)
-#define FUSEDOPT_OUTLINE __host__ __device__ __noinline__ inline
-#else
-#define FUSEDOPT_OUTLINE inline
-#endif
+// Tiles that a warp has on the way, with the one that it works on, at most.
+constexpr int kMaxDepth = 8;
 
-constexpr int kWarpLanes = 32;
-constexpr int kQuad = 4;
-constexpr int kRow = kWarpLanes * kQuad;
-constexpr int kRows = int(kTile) / kRow;
+// A warp's buffers in shared memory: `depth` of them, each for a tile.
+struct Buffers {
+  unsigned char* first;
+  uint32_t bytes;  // of each
+  int depth;
 
-template <class Stored>
-struct alignas(sizeof(Stored) * kQuad < 16 ? sizeof(Stored) * kQuad : 16) Quad {
-  Stored value[kQuad];
+  FUSEDOPT_HD unsigned char* at(int i) const { return first + i * bytes; }
 };
 
-// Where an element lies. Not inlined: divisions of 64 bits are long, and few tensors need them.
-FUSEDOPT_OUTLINE int64_t offset_in(const Layout& layout, int64_t index) {
-  int64_t offset = 0;
-  for (int d = layout.ndim - 1; d >= 0; --d) {
-    offset += index % layout.size[d] * layout.stride[d];
-    index /= layout.size[d];
-  }
-  return offset;
-}
-
-// What of a tile one lane has: elements `begin` + row * kRow + lane * kQuad + 0 to 3, as far as the
-// tensor reaches. Beyond its end it reads zeros and writes nothing.
-class Lane {
+// A lane's elements as the arithmetic wants them: those in its buffer. Beyond the tensor's end they
+// are zeros, and may become anything.
+class Lane : public LaneBuffer {
  public:
   static constexpr int64_t kElements = kRows * kQuad;
 
-  FUSEDOPT_HD Lane(int lane, int64_t begin, int64_t numel)
-      : lane_(lane), begin_(begin), numel_(numel) {}
+  using LaneBuffer::LaneBuffer;
 
   FUSEDOPT_HD static constexpr int64_t length() { return kElements; }
 
   // Whether the tensor has a lane's i-th element.
-  FUSEDOPT_HD bool has(int i) const { return index(i / kQuad) + i % kQuad < numel_; }
+  FUSEDOPT_HD bool has(int i) const { return LaneBuffer::has(i / kQuad, i % kQuad); }
 
   template <class T>
   FUSEDOPT_HD static constexpr bool in_place(const Operand&) {
@@ -68,7 +55,7 @@ class Lane {
 
   template <class T>
   FUSEDOPT_HD T* open(const Operand& operand, T* buffer) const {
-    with_format(operand.dtype, [&](auto format) {
+    with_buffered_format<T>(operand.dtype, [&](auto format) {
       using Stored = decltype(format);
       Stored elements[kElements];
       read(operand, elements);
@@ -80,7 +67,7 @@ class Lane {
 
   template <class T>
   FUSEDOPT_HD void close(const Operand& operand, const T* tile) const {
-    with_format(operand.dtype, [&](auto format) {
+    with_buffered_format<T>(operand.dtype, [&](auto format) {
       write<decltype(format)>(operand, [&](auto* to) {
         FUSEDOPT_VECTORIZE
         for (int i = 0; i < kElements; ++i) store(tile[i], to[i]);
@@ -95,53 +82,33 @@ class Lane {
 
   template <class Stored>
   FUSEDOPT_HD const Stored* read(const Operand& operand, Stored* buffer) const {
-    const Stored* const data = static_cast<const Stored*>(operand.data);
-    const bool whole_quads = has_quads<Stored>(operand);
+    const Stored* const from = elements<Stored>(operand);
     FUSEDOPT_VECTORIZE
     for (int row = 0; row < kRows; ++row) {
-      const int64_t at = index(row);
-      if (whole_quads && at + kQuad <= numel_) {
-        const Quad<Stored> quad = *reinterpret_cast<const Quad<Stored>*>(data + at);
-        FUSEDOPT_VECTORIZE
-        for (int j = 0; j < kQuad; ++j) buffer[row * kQuad + j] = quad.value[j];
-      } else {
-        FUSEDOPT_VECTORIZE
-        for (int j = 0; j < kQuad; ++j) {
-          buffer[row * kQuad + j] = at + j < numel_ ? data[offset(operand, at + j)] : Stored{};
-        }
-      }
+      const Quad<Stored> quad = *reinterpret_cast<const Quad<Stored>*>(from + row * kRow);
+      FUSEDOPT_VECTORIZE
+      for (int j = 0; j < kQuad; ++j) buffer[row * kQuad + j] = quad.value[j];
     }
     return buffer;
   }
 
   template <class Stored, class F>
   FUSEDOPT_HD void write(const Operand& operand, F&& fill) const {
-    Stored elements[kElements];
-    fill(elements);
-    Stored* const data = static_cast<Stored*>(operand.data);
-    const bool whole_quads = has_quads<Stored>(operand);
+    Stored buffer[kElements];
+    fill(buffer);
+    Stored* const to = elements<Stored>(operand);
     FUSEDOPT_VECTORIZE
     for (int row = 0; row < kRows; ++row) {
-      const int64_t at = index(row);
-      if (whole_quads && at + kQuad <= numel_) {
-        Quad<Stored> quad;
-        FUSEDOPT_VECTORIZE
-        for (int j = 0; j < kQuad; ++j) quad.value[j] = elements[row * kQuad + j];
-        *reinterpret_cast<Quad<Stored>*>(data + at) = quad;
-      } else {
-        FUSEDOPT_VECTORIZE
-        for (int j = 0; j < kQuad; ++j) {
-          if (at + j < numel_) data[offset(operand, at + j)] = elements[row * kQuad + j];
-        }
-      }
+      Quad<Stored> quad;
+      FUSEDOPT_VECTORIZE
+      for (int j = 0; j < kQuad; ++j) quad.value[j] = buffer[row * kQuad + j];
+      *reinterpret_cast<Quad<Stored>*>(to + row * kRow) = quad;
     }
   }
 
-  FUSEDOPT_HD float* scale(float* scales) const { return scales + begin_ / kBlock; }
-
   FUSEDOPT_HD Random draw(uint64_t seed, uint64_t step, uint32_t stream,
                           uint16_t (&bits)[kElements]) const {
-    const RandomKey key = random_key(seed, step, stream, uint32_t(uint64_t(begin_) / 2 >> 32));
+    const RandomKey key = random_key(seed, step, stream, uint32_t(uint64_t(index(0)) / 2 >> 32));
     FUSEDOPT_VECTORIZE
     for (int row = 0; row < kRows; ++row) {
       uint16_t quad[kQuad];
@@ -153,21 +120,25 @@ class Lane {
   }
 
  private:
-  FUSEDOPT_HD int64_t index(int row) const { return begin_ + row * kRow + lane_ * kQuad; }
-
-  // Whether four elements can be had at once. (Views need not be aligned.)
   template <class Stored>
-  FUSEDOPT_HD static bool has_quads(const Operand& operand) {
-    return operand.layout == nullptr &&
-           reinterpret_cast<uintptr_t>(operand.data) % alignof(Quad<Stored>) == 0;
-  }
+  struct alignas(sizeof(Stored) * kQuad < kLargestPiece ? sizeof(Stored) * kQuad : kLargestPiece)
+      Quad {
+    Stored value[kQuad];
+  };
 
-  FUSEDOPT_HD static int64_t offset(const Operand& operand, int64_t index) {
-    return operand.layout == nullptr ? index : offset_in(*operand.layout, index);
+  // As with_format(), but that among floats no buffer holds doubles.
+  template <class T, class F>
+  FUSEDOPT_HD static void with_buffered_format(DType dtype, F&& f) {
+    if constexpr (sizeof(T) == 4) {
+      switch (dtype) {
+        case DType::kBFloat16: return f(BFloat16{});
+        case DType::kFloat16: return f(Float16{});
+        default: return f(float{});
+      }
+    } else {
+      with_format(dtype, f);
+    }
   }
-
-  int lane_;
-  int64_t begin_, numel_;
 };
 
 // What a lane keeps of a tile.
@@ -185,23 +156,100 @@ struct LaneNorm {
   uint64_t largest;
 };
 
-// Calls open(task number) and then tile(task number, first element) for the tiles of this warp's
-// share of the line; open() again only when the task is another one.
-template <class Open, class Tile>
-FUSEDOPT_HD inline void walk(const DeviceLine& line, int64_t warp, int64_t n_warps, Open&& open,
-                             Tile&& tile) {
-  int32_t opened = -1;
-  for (int64_t chunk = warp; chunk < line.n_chunks; chunk += n_warps) {
-    int64_t at = chunk * line.chunk_tiles;
-    const int64_t length = line.first_tile[line.n_tasks];
-    const int64_t end = at + line.chunk_tiles < length ? at + line.chunk_tiles : length;
-    for (int32_t task = line.chunk_task[chunk]; at < end; ++task) {
-      const int64_t first = line.first_tile[task], last = line.first_tile[task + 1];
-      if (at >= last) continue;
-      if (task != opened) open(task);
-      opened = task;
-      for (; at < end && at < last; ++at) tile(task, (at - first) * kTile);
+FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
+  return grad.data != nullptr || grad.accumulated != 0;
+}
+
+// Goes through the tiles of a warp's share of the line, of the tasks that take part.
+class Walk {
+ public:
+  FUSEDOPT_HD Walk(const DeviceLine& line, int64_t warp, int64_t n_warps)
+      : line_(line), chunk_(warp), n_warps_(n_warps) {
+    begin_chunk();
+    settle();
+  }
+
+  FUSEDOPT_HD bool done() const { return chunk_ >= line_.n_chunks; }
+
+  FUSEDOPT_HD int32_t task() const { return task_; }
+
+  // The tile's first element.
+  FUSEDOPT_HD int64_t begin() const { return (at_ - first_) * kTile; }
+
+  FUSEDOPT_HD void advance() {
+    ++at_;
+    settle();
+  }
+
+ private:
+  FUSEDOPT_HD void begin_chunk() {
+    if (done()) return;
+    at_ = chunk_ * line_.chunk_tiles;
+    const int64_t length = line_.first_tile[line_.n_tasks];
+    end_ = at_ + line_.chunk_tiles < length ? at_ + line_.chunk_tiles : length;
+    begin_task(line_.chunk_task[chunk_]);
+  }
+
+  FUSEDOPT_HD void begin_task(int32_t task) {
+    task_ = task;
+    first_ = line_.first_tile[task];
+    last_ = line_.first_tile[task + 1];
+    if (!takes_part(line_.grads[task])) at_ = at_ < last_ ? last_ : at_;
+  }
+
+  FUSEDOPT_HD void settle() {
+    while (!done() && (at_ >= end_ || at_ >= last_)) {
+      if (at_ < end_) {
+        begin_task(task_ + 1);
+      } else {
+        chunk_ += n_warps_;
+        begin_chunk();
+      }
     }
+  }
+
+  const DeviceLine& line_;
+  int64_t chunk_, n_warps_;
+  int64_t at_ = 0, end_ = 0;      // on the line: the tile, and the chunk's end
+  int64_t first_ = 0, last_ = 0;  // the task's tiles
+  int32_t task_ = -1;
+};
+
+// Calls use(task's number, first element, buffer) for the tiles of a warp's share, when what
+// fetch(the same) has begun to copy there has come.
+template <class Warp, class Fetch, class Use>
+FUSEDOPT_HD inline void stream_tiles(Warp& warp, const DeviceLine& line, const Buffers& buffers,
+                                     int64_t number, int64_t n_warps, Fetch&& fetch, Use&& use) {
+  Walk ahead(line, number, n_warps), here(line, number, n_warps);
+  int filled = 0, first = 0;  // buffers, in the order of a ring
+  while (!here.done()) {
+    for (; filled < buffers.depth; ++filled) {
+      if (!ahead.done()) {
+        const int last = first + filled;
+        fetch(ahead.task(), ahead.begin(),
+              buffers.at(last < buffers.depth ? last : last - buffers.depth));
+        ahead.advance();
+      }
+      warp.commit();
+    }
+    warp.wait(buffers.depth - 1);
+    use(here.task(), here.begin(), buffers.at(first));
+    here.advance();
+    first = first + 1 < buffers.depth ? first + 1 : 0;
+    --filled;
+  }
+}
+
+// Begins to copy a lane's part of the first `n` operands.
+template <class Warp>
+FUSEDOPT_HD inline void fetch_operands(Warp& warp, const Lane& lane, const DeviceTask& task,
+                                       const DeviceGrad& grad, int n) {
+  FUSEDOPT_KEEP_LOOP
+  for (int k = 0; k < n; ++k) {
+    const DeviceOperand& operand = task.operands[k];
+    const void* data = k == kGradOperand ? grad.data : operand.data;
+    if (k == kGradSumOperand && grad.accumulated == 0) data = nullptr;
+    if (data != nullptr) lane.fetch(warp, operand, data);
   }
 }
 
@@ -236,12 +284,8 @@ struct Verdict {
 
 FUSEDOPT_HD inline Gradients gradients_of(const DeviceTask& task, const DeviceGrad& grad) {
   Operand operand = task.task.grad;
-  operand.data = const_cast<void*>(grad.data);
+  if (grad.data == nullptr) operand.data = nullptr;
   return {operand, grad.accumulated != 0 ? &task.extras.grad_sum : nullptr};
-}
-
-FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
-  return grad.data != nullptr || grad.accumulated != 0;
 }
 
 // What the lanes of a warp have in common, where they all can read it: the rule and its stages,
@@ -275,11 +319,12 @@ FUSEDOPT_HD inline void prepare_rule(Warp& warp, WarpMemory<Rule, T>& memory,
 
 template <class Rule, class T, class Warp>
 FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const TileStages<T>& stages,
-                                         const Task& task, const Gradients& from, int64_t begin) {
+                                         const Task& task, const Gradients& from, int64_t begin,
+                                         unsigned char* buffer) {
   constexpr int64_t n = Lane::kElements;
   const bool draws = draws_for_states<Rule>(task);
   warp.each([&](int number, LaneTile<T>& tile) {
-    const Lane lane(number, begin, task.numel);
+    const Lane lane(buffer, number, begin, task.numel);
     // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
     if (draws) tile.tail = lane.draw(task.extras->seed, stages.step, kStateStream, tile.bits).tail;
     update_tile(lane, task, from, stages, tile.weights, tile.gradients,
@@ -311,8 +356,8 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
     const float scale =
         block_scale(warp.largest([&](const LaneTile<T>& tile) { return tile.largest[k]; }));
     warp.each([&](int number, LaneTile<T>& tile) {
-      const Lane lane(number, begin, task.numel);
-      if (number == 0) *lane.scale(task.extras->scale[k]) = scale;
+      const Lane lane(buffer, number, begin, task.numel);
+      *lane.scale(task.extras->scale[k]) = scale;
       encode_state(lane, task, k, scale, tile.states[k], Random{draws, tile.bits, tile.tail});
     });
   }
@@ -321,25 +366,46 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
 // The update, for the tasks of one rule and type.
 template <class Rule, class T, class Warp>
 FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp,
-                                    WarpMemory<Rule, T>& memory, int64_t number, int64_t n_warps) {
+                                    WarpMemory<Rule, T>& memory, const Buffers& buffers,
+                                    int64_t number, int64_t n_warps) {
   const DeviceLine& line = arguments.line;
   warp.once([&] {
     memory.verdict = Verdict(arguments.stages, *arguments.control);
     memory.group = -1;
   });
   if (memory.verdict.skip) return;
-  DeviceGrad grad;
-  walk(
-      line, number, n_warps,
-      [&](int32_t i) {
-        grad = line.grads[i];
-        if (takes_part(grad)) prepare_rule(warp, memory, line, line.tasks[i]);
-      },
-      [&](int32_t i, int64_t begin) {
-        if (!takes_part(grad)) return;
+  int32_t opened = -1;
+  stream_tiles(
+      warp, line, buffers, number, n_warps,
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
         const DeviceTask& task = line.tasks[i];
+        const DeviceGrad grad = line.grads[i];
+        warp.each([&](int number, LaneTile<T>&) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, lane, task, grad, task.n_operands);
+          for (int k = 0; k < Rule::kStates; ++k) {
+            if (task.scale[k] == nullptr) continue;
+            warp.copy(lane.scale(task.extras.scale[k]), task.scale[k] + begin / kBlock);
+          }
+        });
+      },
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[i];
+        if (i != opened) prepare_rule(warp, memory, line, task);
+        opened = i;
         update_warp_tile<Rule, T>(warp, memory.rule, memory.stages, task.task,
-                                  gradients_of(task, grad), begin);
+                                  gradients_of(task, line.grads[i]), begin, buffer);
+        warp.each([&](int number, LaneTile<T>&) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          FUSEDOPT_KEEP_LOOP
+          for (int k = kOtherOperands; k < task.n_operands; ++k) {
+            lane.put(task.operands[k]);
+          }
+          for (int k = 0; k < Rule::kStates; ++k) {
+            if (number != 0 || task.scale[k] == nullptr) continue;
+            task.scale[k][begin / kBlock] = *lane.scale(task.extras.scale[k]);
+          }
+        });
       });
 }
 
@@ -351,48 +417,75 @@ FUSEDOPT_HD inline void finish_update(const UpdateArguments& arguments, int64_t 
     if (thread == 0 && arguments.last_launch) ++arguments.control->skipped;
     return;
   }
-  for (int64_t i = thread; i < line.n_tasks; i += n) {
-    const DeviceTask& task = line.tasks[i];
-    if (task.step == nullptr || !takes_part(line.grads[i])) continue;
-    if (task.step_dtype == DType::kFloat64) {
-      *static_cast<double*>(task.step) += 1;
-    } else {
-      *static_cast<float*>(task.step) += 1;
+  // Some at a time, so that a thread does not wait for each of the thousands that there may be.
+  constexpr int kBatch = 8;
+  for (int64_t first = thread; first < line.n_tasks; first += kBatch * n) {
+    void* steps[kBatch];
+    DType dtypes[kBatch];
+    double counts[kBatch];
+    FUSEDOPT_VECTORIZE
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t i = first + k * n;
+      steps[k] = i < line.n_tasks && takes_part(line.grads[i]) ? line.tasks[i].step : nullptr;
+      dtypes[k] = steps[k] == nullptr ? DType::kFloat32 : line.tasks[i].step_dtype;
+    }
+    FUSEDOPT_VECTORIZE
+    for (int k = 0; k < kBatch; ++k) {
+      counts[k] = steps[k] == nullptr ? 0 : load_scalar(steps[k], dtypes[k]);
+    }
+    FUSEDOPT_VECTORIZE
+    for (int k = 0; k < kBatch; ++k) {
+      if (steps[k] == nullptr) continue;
+      if (dtypes[k] == DType::kFloat64) {
+        *static_cast<double*>(steps[k]) = counts[k] + 1;
+      } else {
+        *static_cast<float*>(steps[k]) = float(counts[k] + 1);
+      }
     }
   }
 }
 
 // The norm's parts: one warp's.
 template <class T, class Warp>
-FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& warp, int64_t number,
-                                     int64_t n_warps) {
+FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& warp,
+                                     const Buffers& buffers, int64_t number, int64_t n_warps) {
   const DeviceLine& line = arguments.line;
   const T multiplier = T(Verdict(arguments.stages).stages.grad_multiplier);
   const bool sums = arguments.stages.norm != NormType::kInfinity;
   warp.each([&](int, LaneNorm& norm) { norm = {0, 0}; });
-  const auto nothing = [](int32_t) {};
-  walk(line, number, n_warps, nothing, [&](int32_t i, int64_t begin) {
-    if (!takes_part(line.grads[i])) return;
-    const DeviceTask& task = line.tasks[i];
-    const Gradients from = gradients_of(task, line.grads[i]);
-    warp.each([&](int lane, LaneNorm& norm) {
-      T buffer[Lane::kElements];
-      const T* const g = open_gradients(Lane(lane, begin, task.task.numel), from, buffer);
-      bool finite = true;
-      FUSEDOPT_VECTORIZE
-      for (int j = 0; j < Lane::kElements; ++j) {
-        finite = finite && magnitude_bits(g[j] * multiplier) < magnitude_bits(T(INFINITY));
-        finite = finite && magnitude_bits(g[j]) < magnitude_bits(T(INFINITY));
-        if (sums) {
-          norm.sum = add_square(norm.sum, g[j]);
-        } else {
-          const uint64_t bits = magnitude_bits(double(g[j]));
+  stream_tiles(
+      warp, line, buffers, number, n_warps,
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[i];
+        warp.each([&](int number, LaneNorm&) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, lane, task, line.grads[i], kOtherOperands);
+        });
+      },
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[i];
+        const Gradients from = gradients_of(task, line.grads[i]);
+        warp.each([&](int number, LaneNorm& norm) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          T tile[Lane::kElements];
+          const T* const g = open_gradients(lane, from, tile);
+          auto largest = magnitude_bits(g[0]);
+          FUSEDOPT_VECTORIZE
+          for (int j = 0; j < Lane::kElements; ++j) {
+            const auto bits = magnitude_bits(g[j]);
+            largest = bits > largest ? bits : largest;
+            if (sums) norm.sum = add_square(norm.sum, g[j]);
+          }
+          const T magnitude = bit_cast<T>(largest);
+          // The largest tells of all, also when it is multiplied; inf and nan are largest.
+          const auto infinity = magnitude_bits(T(INFINITY));
+          if (largest >= infinity || magnitude_bits(magnitude * multiplier) >= infinity) {
+            warp.raise(&arguments.control->nonfinite, kFirstPlace - task.place);
+          }
+          const uint64_t bits = magnitude_bits(double(magnitude));
           norm.largest = bits > norm.largest ? bits : norm.largest;
-        }
-      }
-      if (!finite) warp.raise(&arguments.control->nonfinite, kFirstPlace - task.place);
-    });
-  });
+        });
+      });
   const double sum =
       sums ? warp.sum([](const LaneNorm& norm) { return norm.sum; })
            : bit_cast<double>(warp.largest([](const LaneNorm& norm) { return norm.largest; }));
@@ -442,24 +535,31 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
 
 // Micro-batches: one warp's.
 template <class T, class Warp>
-FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, int64_t number,
-                                        int64_t n_warps) {
-  const auto nothing = [](int32_t) {};
-  walk(line, number, n_warps, nothing, [&](int32_t i, int64_t begin) {
-    const DeviceGrad& grad = line.grads[i];
-    if (grad.data == nullptr) return;
-    const DeviceTask& task = line.tasks[i];
-    warp.each([&](int number, LaneTile<T>& tile) {
-      const Lane lane(number, begin, task.task.numel);
-      Operand from = task.task.grad;
-      from.data = const_cast<void*>(grad.data);
-      const T* const g = lane.open(from, tile.gradients);
-      const bool adds = grad.accumulated != 0;
-      T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
-      accumulate(g, adds, sum, Lane::kElements);
-      lane.close(task.extras.grad_sum, sum);
-    });
-  });
+FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, const Buffers& buffers,
+                                        int64_t number, int64_t n_warps) {
+  stream_tiles(
+      warp, line, buffers, number, n_warps,
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[i];
+        warp.each([&](int number, LaneTile<T>&) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, lane, task, line.grads[i], kOtherOperands);
+        });
+      },
+      [&](int32_t i, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[i];
+        const DeviceGrad grad = line.grads[i];
+        if (grad.data == nullptr) return;
+        warp.each([&](int number, LaneTile<T>& tile) {
+          const Lane lane(buffer, number, begin, task.task.numel);
+          const T* const g = lane.open(task.task.grad, tile.gradients);
+          const bool adds = grad.accumulated != 0;
+          T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
+          accumulate(g, adds, sum, Lane::kElements);
+          lane.close(task.extras.grad_sum, sum);
+          lane.put(task.operands[kGradSumOperand]);
+        });
+      });
 }
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -43,6 +43,11 @@ FUSEDOPT_HD inline float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.b
 
 // Branch-free, so that compilers vectorize it without half-precision instructions.
 FUSEDOPT_HD inline float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t exponent = magnitude & 0x0f800000;
@@ -52,21 +57,34 @@ FUSEDOPT_HD inline float widen(Float16 x) {
   const float subnormal = bit_cast<float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23);
   const uint32_t finite = exponent == 0 ? bit_cast<uint32_t>(subnormal) : normal;
   return bit_cast<float>(sign | (exponent == 0x0f800000 ? special : finite));
+#endif
 }
 
-// narrow(x, To{}): round to nearest, ties to even, as torch's casts do.
+// narrow(x, To{}): round to nearest, ties to even, as torch's casts do. (GPUs have instructions,
+// whose nan has other bits.)
 FUSEDOPT_HD inline float narrow(float x, float) { return x; }
 FUSEDOPT_HD inline float narrow(double x, float) { return float(x); }
 FUSEDOPT_HD inline double narrow(float x, double) { return x; }
 FUSEDOPT_HD inline double narrow(double x, double) { return x; }
 
 FUSEDOPT_HD inline BFloat16 narrow(float x, BFloat16) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return {x != x ? uint16_t(0x7fc0) : uint16_t(rounded)};
+#endif
 }
 
 FUSEDOPT_HD inline Float16 narrow(float x, Float16) {
+#if defined(__CUDA_ARCH__)
+  Float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+  return result;
+#else
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
@@ -79,6 +97,7 @@ FUSEDOPT_HD inline Float16 narrow(float x, Float16) {
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   // 65520 is the first float that rounds to infinity.
   return {uint16_t(sign | (magnitude >= 0x477ff000 ? special : finite))};
+#endif
 }
 
 // A double meets a 16-bit format only when stock torch's own dtypes are mixed by hand (a float64

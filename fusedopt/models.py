@@ -94,42 +94,54 @@ def _resnet50() -> tuple[Shape, ...]:
     return (*shapes, (1000, channels), (1000,))
 
 
-def _uniform(tensors: int, elements: int, group_each: bool = False) -> Model:
-    count = "50M" if elements == 50_000_000 else str(elements)
-    name = f"{tensors}x{count}{'-groups' if group_each else ''}"
-    return Model(name, tensors * ((elements,),), group_each=group_each)
+_UNIFORM = re.compile(r"([1-9]\d*)x([1-9]\d*)([kMB]?)(-groups)?", re.ASCII)
+_SUFFIXES = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+
+def _uniform(name: str) -> Model:
+    """Tensors of one size: "1000x4096" or "1x50M", and "1000x64-groups" with a group for each."""
+    match = _UNIFORM.fullmatch(name)
+    assert match is not None
+    tensors, elements, suffix, groups = match.groups()
+    shape = (int(elements) * _SUFFIXES[suffix],)
+    return Model(name, int(tensors) * (shape,), group_each=groups is not None)
 
 
 MODELS = {
     model.name: model
     for model in (
-        _uniform(1, 50_000_000),
+        _uniform("1x50M"),
         Model("gpt2-124m", _gpt2(768, 12)),
         Model("gpt2-1.5b", _gpt2(1600, 48)),
         Model("llama-7b", _llama(4096, 11008, 32)),
         Model("resnet50", _resnet50()),
-        _uniform(1000, 64),
-        _uniform(1000, 4096),
-        _uniform(3000, 3500),  # the case of pytorch issue 3929
-        _uniform(10000, 64),
-        _uniform(1000, 64, group_each=True),
+        _uniform("1000x64"),
+        _uniform("1000x4096"),
+        _uniform("3000x3500"),  # the case of pytorch issue 3929
+        _uniform("10000x64"),
+        _uniform("1000x64-groups"),
     )
 }
 
 
 def find(what: str) -> Model:
-    """A model by its name in :data:`MODELS`, from a file, or from ``module:factory``.
+    """A model by its name, from a file, or from ``module:factory``.
 
     Args:
-        what: A name; or the path of a ``.safetensors`` file or of a torch checkpoint (a state
-            dict, or any nesting of dicts and lists that holds tensors); or ``module:factory``,
-            whose factory returns a module, or parameters as an optimizer takes them.
+        what: A name in :data:`MODELS`; or one such as "1000x4096", "1x50M" or "1000x64-groups",
+            for any number of tensors and of elements in each (k, M and B are thousands, millions
+            and billions), in one group or in one group each; or the path of a ``.safetensors``
+            file or of a torch checkpoint (a state dict, or any nesting of dicts and lists that
+            holds tensors); or ``module:factory``, whose factory returns a module, or parameters
+            as an optimizer takes them.
 
     Raises:
         ModelError: There is no such thing, or it has no tensors of floating-point numbers.
     """
     if what in MODELS:
         return MODELS[what]
+    if _UNIFORM.fullmatch(what) and not os.path.exists(what):
+        return _uniform(what)
     if os.path.exists(what) or what.endswith(".safetensors"):  # unlike Path's, takes any text
         return from_file(what)
     if ":" in what:

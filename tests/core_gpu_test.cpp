@@ -258,14 +258,15 @@ void test_gpu_grids() {
   const Model start = make_model(setup, sizes);
   Model expected = start;
   Step(expected, setup).update(&avx2::kKernels);
-  for (const auto& [n_warps, chunk_tiles] : {std::pair<int, int>{1, 1}, {7, 5}, {300, 16}}) {
+  const int grids[][3] = {{1, 1, 1}, {7, 5, 2}, {300, 16, 3}, {2, 64, 8}};
+  for (const auto& [n_warps, chunk_tiles, depth] : grids) {
     Model model = start;
     const Step step(model, setup);
     emulated::Options options = gpu_options(step.plan());
-    options.n_warps = n_warps, options.chunk_tiles = chunk_tiles;
+    options.n_warps = n_warps, options.chunk_tiles = chunk_tiles, options.depth = depth;
     DeviceControl control = {};
     emulated::update(step.plan(), &options, &control);
-    check(same_bits(model, expected), "tiny tensors", n_warps, chunk_tiles);
+    check(same_bits(model, expected), "tiny tensors", n_warps, depth);
   }
 
   const int64_t n = 777;

@@ -13,6 +13,7 @@ namespace emulated {
 namespace {
 
 constexpr int64_t kWarps = 7;
+constexpr int kDepth = 2;
 
 // What tests tell and ask (emulation.py).
 void (*enter)() = nullptr;  // makes device memory accessible,
@@ -40,7 +41,8 @@ struct Update {
     for (int64_t i = 0; i < kWarps; ++i) {
       EmulatedWarp<LaneTile<T>> warp;
       WarpMemory<Rule, T> memory = {};
-      update_warp<Rule, T>(arguments, warp, memory, i, kWarps);
+      EmulatedBuffers buffers(arguments.line.buffer_bytes, kDepth);
+      update_warp<Rule, T>(arguments, warp, memory, buffers, i, kWarps);
     }
     for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
   }
@@ -49,14 +51,16 @@ struct Update {
 template <class T>
 void measure(const MeasureArguments& arguments) {
   EmulatedWarp<LaneNorm> warp;
-  for (int64_t i = 0; i < kWarps; ++i) measure_warp<T>(arguments, warp, i, kWarps);
+  EmulatedBuffers buffers(arguments.line.grad_bytes, kDepth);
+  for (int64_t i = 0; i < kWarps; ++i) measure_warp<T>(arguments, warp, buffers, i, kWarps);
   finish_measure(arguments, warp, kWarps);
 }
 
 template <class T>
 void accumulate_all(const DeviceLine& line) {
   EmulatedWarp<LaneTile<T>> warp;
-  for (int64_t i = 0; i < kWarps; ++i) accumulate_warp<T>(line, warp, i, kWarps);
+  EmulatedBuffers buffers(line.grad_bytes, kDepth);
+  for (int64_t i = 0; i < kWarps; ++i) accumulate_warp<T>(line, warp, buffers, i, kWarps);
 }
 
 }  // namespace

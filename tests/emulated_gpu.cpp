@@ -72,13 +72,15 @@ template <class T>
 struct Update {
   const UpdateArguments& arguments;
   int64_t n_warps;
+  int depth;
 
   template <class Rule>
   void run() const {
     for (int64_t i = 0; i < n_warps; ++i) {
       EmulatedWarp<LaneTile<T>> warp;
       WarpMemory<Rule, T> memory = {};
-      update_warp<Rule, T>(arguments, warp, memory, i, n_warps);
+      EmulatedBuffers buffers(arguments.line.buffer_bytes, depth);
+      update_warp<Rule, T>(arguments, warp, memory, buffers, i, n_warps);
     }
     for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
   }
@@ -100,12 +102,13 @@ void accumulate_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
   const Image image(stretch.plan, options);
   for (const Launch& launch : image.launches()) {
     for (int64_t i = 0; i < options.n_warps; ++i) {
+      EmulatedBuffers buffers(launch.line.grad_bytes, options.depth);
       if (launch.in_double) {
         EmulatedWarp<LaneTile<double>> warp;
-        accumulate_warp<double>(launch.line, warp, i, options.n_warps);
+        accumulate_warp<double>(launch.line, warp, buffers, i, options.n_warps);
       } else {
         EmulatedWarp<LaneTile<float>> warp;
-        accumulate_warp<float>(launch.line, warp, i, options.n_warps);
+        accumulate_warp<float>(launch.line, warp, buffers, i, options.n_warps);
       }
     }
   }
@@ -126,10 +129,11 @@ void measure(const Plan& plan, const Options& options, DeviceControl* control, d
                                         &launch == &image.launches().back()};
     EmulatedWarp<LaneNorm> warp;
     for (int64_t i = 0; i < options.n_warps; ++i) {
+      EmulatedBuffers buffers(launch.line.grad_bytes, options.depth);
       if (launch.in_double) {
-        measure_warp<double>(arguments, warp, i, options.n_warps);
+        measure_warp<double>(arguments, warp, buffers, i, options.n_warps);
       } else {
-        measure_warp<float>(arguments, warp, i, options.n_warps);
+        measure_warp<float>(arguments, warp, buffers, i, options.n_warps);
       }
     }
     finish_measure(arguments, warp, options.n_warps);
@@ -142,9 +146,11 @@ void update(const Plan& plan, Options* options, DeviceControl* control) {
     const bool last = &launch == &image.launches().back();
     const UpdateArguments arguments = {launch.line, options->stages, control, last};
     if (launch.in_double) {
-      select_rule_or_stream<double>(launch.rule, Update<double>{arguments, options->n_warps});
+      select_rule_or_stream<double>(launch.rule,
+                                    Update<double>{arguments, options->n_warps, options->depth});
     } else {
-      select_rule_or_stream<float>(launch.rule, Update<float>{arguments, options->n_warps});
+      select_rule_or_stream<float>(launch.rule,
+                                   Update<float>{arguments, options->n_warps, options->depth});
     }
   }
   options->steps = image.steps(*options);

@@ -20,6 +20,7 @@ struct Options {
   DType lr_dtype = DType::kFloat32;
   int64_t n_warps = 5;
   int32_t chunk_tiles = 3;
+  int depth = 2;
 };
 
 // One launch per rule and type, as in a step. `grad_norm` may be null.

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
+#include <list>
+#include <utility>
+#include <vector>
 
 #include "cuda_warp.h"
 
@@ -40,8 +44,49 @@ class EmulatedWarp {
 
   void raise(uint64_t* to, uint64_t n) { *to = std::max(*to, n); }
 
+  // As late as possible: who reads before he has waited finds something else.
+  template <class T>
+  void copy(T* to, const T* from) {
+    begun_.push_back({to, from, sizeof(T)});
+  }
+
+  void commit() {
+    batches_.push_back(std::move(begun_));
+    begun_.clear();
+  }
+
+  void wait(int n) {
+    for (; int(batches_.size()) > n; batches_.pop_front()) {
+      for (const Copy& copy : batches_.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+
  private:
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+
   State states_[kWarpLanes];
+  std::vector<Copy> begun_;
+  std::list<std::vector<Copy>> batches_;
+};
+
+// A warp's shared memory, full of what is no number.
+class EmulatedBuffers {
+ public:
+  EmulatedBuffers(uint32_t bytes, int depth)
+      : memory_(depth * bytes / kLargestPiece), bytes_(bytes), depth_(depth) {
+    std::memset(memory_.data(), 0xff, depth * bytes);
+  }
+
+  operator Buffers() { return {reinterpret_cast<unsigned char*>(memory_.data()), bytes_, depth_}; }
+
+ private:
+  std::vector<Piece<kLargestPiece>> memory_;
+  uint32_t bytes_;
+  int depth_;
 };
 
 }  // namespace fusedopt::emulated

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import functools
+import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
+from fusedopt import parity_command
 from fusedopt.bench import (
     BenchError,
     command,
@@ -30,7 +36,7 @@ from fusedopt.bench import (
     report,
 )
 from fusedopt.bench.contenders import CONTENDERS, OPTIMIZERS, Case, Gradients, Peer
-from fusedopt.models import MODELS, Model
+from fusedopt.models import MODELS, Model, find
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = Model("small", ((5, 3), (200,), ()))
@@ -829,8 +835,150 @@ def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
             assert row["bytes_per_parameter"] > 0
 
 
-def test_the_gpu_report_asks_for_what_there_is() -> None:
-    done = run(str(BENCHMARKS / "gpu.py"), "--quick")
-    if not torch.cuda.is_available():
-        assert done.returncode == 2
-        assert done.stderr == "fusedopt bench: --device cuda: torch finds no CUDA devices here\n"
+def load_gpu_report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_report", BENCHMARKS / "gpu_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_report_asks_for_what_there_is(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    command.add_command(commands)
+    parity_command.add_command(commands)
+    for part, (line, seconds) in load_gpu_report().parts(tmp_path).items():
+        assert seconds > 0
+        if "fusedopt" in line and "info" not in line:
+            assert "cuda" in line
+            here = ["cpu" if word == "cuda" else word for word in line]
+            options = parser.parse_args(here[here.index("fusedopt") + 1 :])
+            assert options.json == tmp_path / f"{part}.json"
+            for model in getattr(options, "model", None) or ():
+                find(model)
+        for argument in line:
+            if argument.endswith(".py"):
+                assert (BENCHMARKS.parent / argument).exists()
+
+
+def gpu_report(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, known: dict[str, tuple[list[str], int]], *names
+) -> tuple[int, dict[str, Any]]:
+    """What a report of these parts exits with, and how they ended."""
+    module = load_gpu_report()
+    monkeypatch.setattr(module, "architecture", lambda: "90")
+    monkeypatch.setattr(module, "parts", lambda _: known)
+    monkeypatch.setattr(module, "GRACE", 1)
+    monkeypatch.setenv("GPU_REPORT_DIR", str(folder))
+    with pytest.raises(SystemExit) as stopped:
+        module.main(list(names))
+    return stopped.value.code, json.loads((folder / "report.json").read_text())
+
+
+def python(code: str, seconds: int = 20) -> tuple[list[str], int]:
+    return [sys.executable, "-c", code], seconds
+
+
+def test_a_gpu_report_goes_on_after_failures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code, ended = gpu_report(
+        monkeypatch,
+        tmp_path / "new" / "folder",
+        {
+            "build": python("import os; print(os.environ['FUSEDOPT_CUDA_ARCHS'])"),
+            "fails": python("print('why'); raise SystemExit(3)"),
+            "missing": (["no-such-program"], 20),
+            "slow": python("import time; print('begun', flush=True); time.sleep(60)", 1),
+            "good": python("print('fine')"),
+        },
+    )
+    assert code
+    assert {name: (part["ended"], part["last line"]) for name, part in ended.items()} == {
+        "build": ("passed", "90"),
+        "fails": ("failed (3)", "why"),
+        "missing": (ended["missing"]["ended"], ""),
+        "slow": ("stopped after 1 s", ended["slow"]["last line"]),
+        "good": ("passed", "fine"),
+    }
+    assert "no-such-program" in ended["missing"]["ended"]
+    assert "begun" in ended["slow"]["output"]
+    log = (tmp_path / "new" / "folder" / "log.txt").read_text()
+    assert "why" in log
+    assert "fine" in log
+
+
+def test_a_gpu_report_of_some_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = {name: python("print(1)") for name in ("gpu", "build", "one", "two", "info")}
+    code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
+    assert not code
+    assert list(ended) == ["gpu", "build", "two", "info"]
+    known["build"] = python("raise SystemExit(1)")
+    code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
+    assert code
+    assert ended["two"]["ended"] == "not run: no build"
+    monkeypatch.setenv("GPU_REPORT_SECONDS", "0")
+    code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
+    assert ended["two"]["ended"] == "no time was left"
+    with pytest.raises(SystemExit, match="no part 'three'; there are gpu, build, one"):
+        load_gpu_report().chosen(["three"], known)
+
+
+def test_a_gpus_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow of it, with stand-ins for what asks a GPU."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.25
+
+    @contextmanager
+    def profile(activities: list[Any]) -> Iterator[SimpleNamespace]:
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        kinds = [("CUDA", False), ("CUDA", True), ("CPU", False), ("CUDA", False)]
+        events = [
+            SimpleNamespace(device_type=SimpleNamespace(name=name), is_user_annotation=annotation)
+            for name, annotation in kinds
+        ]
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    waits, steps = [], []
+    stand_ins = {
+        "Event": Event,
+        "_sleep": waits.append,
+        "synchronize": lambda *_: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 164,
+        "get_device_name": lambda _: "a GPU",
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    figures = machine.cuda_figures(lambda: steps.append(1), host=0.05)
+    assert figures == {"device_ms": 0.25, "extra_bytes": 64, "launches": 2}
+    assert len(steps) == 7
+    assert waits == 5 * [int(0.1 * machine.CYCLES_PER_S)]
+    assert "launches" not in machine.cuda_figures(lambda: None, host=0.2)
+    found = machine.environment(torch.device("cuda", 0))
+    assert found["launch_us"]["device"] == 250
+    assert "a launch takes " in machine.describe(found)
+    assert "us of the host and 250.0 of the GPU" in machine.describe(found)
+
+
+def test_models_that_do_not_fit_may_be_left_out(monkeypatch: pytest.MonkeyPatch, bench) -> None:
+    monkeypatch.setattr(command, "free_bytes", lambda device: 20_000_000)
+    printed = bench(
+        *("--fit", "--quick", "--model", "1x50M", "100x64", "--optimizer", "sgd"),
+        *("--contender", "ours"),
+    )
+    assert "left out: 1x50M with sgd needs" in printed
+    assert "\n100x64 (" in printed

@@ -26,6 +26,7 @@ from helpers import (
     classes,
     contents_of,
     every_class,
+    every_class_with,
     make_params,
     nothing_written,
     on_cpu,
@@ -48,9 +49,8 @@ pytestmark = [
 FAKE = DEVICE.type == "fake"
 only_cuda = pytest.mark.skipif(FAKE, reason="needs a real GPU")
 only_fake = pytest.mark.skipif(not FAKE, reason="counts what only the emulated GPU tells")
-several = pytest.mark.skipif(
-    DEVICE.type == "cuda" and torch.cuda.device_count() < 2, reason="needs several GPUs"
-)
+one_device = DEVICE.type == "cuda" and torch.cuda.device_count() < 2
+several = pytest.mark.skipif(one_device, reason="needs several GPUs")
 if FAKE:
     import emulation
 
@@ -204,16 +204,46 @@ def test_one_launch(groups: int) -> None:
     assert counts == [(1, 2), (1, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
-@only_fake
 def test_gradients_that_come_and_go() -> None:
     """As of a mixture of experts: only where gradients lie is copied anew."""
     twins = Twins(CLASSES[0], lambda: make_params([(300,)] * 12))
     chosen: Callable[[int, int], bool] = lambda step, index: (step + index) % 3 == 0  # noqa: E731
     for step in range(9):
-        before = emulation.uploads()
+        before = emulation.uploads() if FAKE else 0
         twins.step(wanted=lambda _, index, step=step: chosen(step, index))
-        if step >= 6:
+        if FAKE and step >= 6:
             assert emulation.uploads() - before == 1
+
+
+def test_20_000_tensors() -> None:
+    there = make_params([(i % 5,) for i in range(20_000)])
+    here = on_cpu(there)
+    ours, reference = (fusedopt.AdamW(params, max_grad_norm=1.0) for params in (there, here))
+    for step in range(3):
+        for params, optimizer in ((there, ours), (here, reference)):
+            if step != 1:
+                for i, p in enumerate(params):
+                    p.grad = torch.full_like(p, (i + step) % 7 - 3)
+            optimizer.step()
+    for params in (there, here):
+        params[:] = [torch.cat([p.detach() for p in params])]
+    torch.testing.assert_close(there[0].cpu(), here[0])
+
+
+@every_class
+@table("options", {"clip": {"max_grad_norm": 0.5}, "all": EVERYTHING})
+def test_the_same_bits_in_each_run(case: Case, options: dict[str, Any]) -> None:
+    """Nothing depends on the order in which blocks come to be run."""
+    runs = []
+    for _ in range(2):
+        params = make_params([(100_000 if DEVICE.type == "cuda" else 3000,)] * 5, torch.bfloat16)
+        optimizer = case.ours(params, **options, state_dtype=torch.float32)
+        for step in range(3):
+            set_grads(params, step)
+            torch.manual_seed(0)
+            optimizer.step()
+        runs.append([optimizer.grad_norm, contents_of(optimizer)])
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
 @every_class
@@ -233,7 +263,7 @@ def test_graph(case: Case, options: dict[str, Any]) -> None:
     graph = new_graph()
     with capture(graph):
         ours.step()
-    for step in range(1, 6):
+    for step in range(1, 6 if FAKE else 101):
         set_grads(theirs, step)
         for p, q in zip(mine, theirs, strict=True):
             p.grad.copy_(q.grad)
@@ -445,7 +475,6 @@ def test_nonfinite_gradients(bad: float, policy: str) -> None:
     assert int(copy.deepcopy(optimizer).skipped_steps) == 1
 
 
-@several
 @every_class
 @table(
     "places",
@@ -457,6 +486,8 @@ def test_nonfinite_gradients(bad: float, policy: str) -> None:
 )
 def test_several_places(case: Case, places: tuple[Any, ...]) -> None:
     """One norm, and one decision, for parameters in several places."""
+    if 1 in places and one_device:
+        pytest.skip("needs several GPUs")
     spread = [
         Parameter(
             p.detach().to(
@@ -766,3 +797,32 @@ def test_memory_is_torchs() -> None:
     assert others() == before[1]
     del optimizer
     assert torch.cuda.memory_allocated() == before[0]
+
+
+@only_cuda
+@every_class_with(
+    {"plain": {}, "clip": {"max_grad_norm": 1.0}, "8_bits": {"state_dtype": torch.uint8}}
+)
+def test_a_step_needs_no_memory_for_itself(case: Case, options: dict[str, Any]) -> None:
+    """Beside state and a table of the tensors, which stay."""
+    # (Of larger ones torch may set aside more than it was asked for.)
+    params = make_params([(100_000,)] * 20)
+    set_grads(params, 0)
+    optimizer = case.ours(params, **options)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    state = [v for _, state in contents_of(optimizer) for v in state.values() if v.is_cuda]
+    table = torch.cuda.memory_allocated() - before - sum(allocated(v) for v in state)
+    assert 0 < table < 200_000  # the norm's parts are of all warps that a GPU may have
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()
+    for _ in range(3):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.step()
+        assert torch.cuda.max_memory_allocated() == before
+
+
+def allocated(tensor: Tensor) -> int:
+    """Bytes that torch's allocator sets aside for a tensor."""
+    return -(-tensor.nbytes // 512) * 512

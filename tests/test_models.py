@@ -32,6 +32,16 @@ def test_models_are_what_they_are_named_after(name: str, tensors: int, elements:
     assert (len(model.shapes), model.elements) == (tensors, elements)
 
 
+def test_any_number_of_tensors_of_one_size() -> None:
+    assert find("465x70k-groups").shapes == 465 * ((70_000,),)
+    assert find("465x70k-groups").group_each
+    assert find("1x1B").elements == 10**9
+    assert find("7x3M").name == "7x3M"
+    for name in ("0x3", "3x0", "1x1b", "x64", "1x", "1x64-group", "1 x 64", "١x٢"):
+        with pytest.raises(ModelError, match="no model"):
+            find(name)
+
+
 def safetensors(path: Path, header: Any, *, length: int | None = None) -> Path:
     """A file of that format: a header's length in 8 bytes, the header; the data is left out."""
     text = json.dumps(header).encode()

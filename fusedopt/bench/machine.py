@@ -21,6 +21,7 @@ from fusedopt.extension import ISA
 
 CYCLES_PER_S = 3e9  # no GPU's clock is faster
 LONGEST_WAIT_S = 0.2  # a stream's queue is full long before
+LONGEST_COUNTED_S = 0.1  # a profiler's list of what is launched meanwhile takes seconds to read
 COPIED_BYTES = 1 << 27  # more than caches hold
 
 Step = Callable[[], object]
@@ -51,15 +52,29 @@ def environment(device: torch.device, packages: tuple[str, ...] = ()) -> dict[st
         found["driver"] = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         )
+        found["launch_us"] = _launch_us(device)
     return found
+
+
+def _launch_us(device: torch.device) -> dict[str, float]:
+    """What a kernel that does nothing takes, of the host and of the GPU: no step takes less."""
+
+    def launch() -> None:
+        torch.cuda._sleep(0)
+
+    host = host_seconds(launch, lambda: None, clock(device), budget=0.1)
+    return {"host": 1e6 * host, "device": 1e3 * device_ms(launch, host)}
 
 
 def describe(environment: dict[str, Any]) -> str:
     """An environment in one line."""
     found = environment
     where = [found.get("gpu"), found["cpu"], found["isa"], f"{found['threads']} threads"]
-    load = f"load average {found['load_average']:.2f}"
-    return ", ".join([f"torch {found['versions']['torch']}", *filter(None, where), load])
+    facts = [f"load average {found['load_average']:.2f}"]
+    if "launch_us" in found:
+        host, gpu = (found["launch_us"][key] for key in ("host", "device"))
+        facts.append(f"a launch takes {host:.1f} us of the host and {gpu:.1f} of the GPU")
+    return ", ".join([f"torch {found['versions']['torch']}", *filter(None, where), *facts])
 
 
 def free_bytes(device: torch.device) -> int:
@@ -96,11 +111,13 @@ def copied_per_second(device: torch.device) -> float:
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     now = clock(device)
+    copies = 1 if device.type == "cpu" else 32  # beside which the wait for a GPU is short
     times = []
     for _ in range(7):
         start = now()
-        target.copy_(source)
-        times.append(now() - start)
+        for _ in range(copies):
+            target.copy_(source)
+        times.append((now() - start) / copies)
     return 2 * COPIED_BYTES / statistics.median(times)
 
 
@@ -120,10 +137,10 @@ def host_seconds(
     return statistics.median(times)
 
 
-def cuda_figures(step: Step, host: float) -> dict[str, float]:
-    """What the current GPU does for a step whose call takes the host so many seconds."""
+def device_ms(step: Step, host: float) -> float:
+    """Milliseconds of the current GPU for a step whose call takes the host so many seconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
+    times: list[float] = []
     for _ in range(5):
         # The device is made to wait until all is queued: what it does then, it does without a gap.
         torch.cuda._sleep(int(min(2 * host, LONGEST_WAIT_S) * CYCLES_PER_S))
@@ -132,12 +149,23 @@ def cuda_figures(step: Step, host: float) -> dict[str, float]:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def cuda_figures(step: Step, host: float) -> dict[str, float]:
+    """What the current GPU does for a step whose call takes the host so many seconds.
+
+    Launches are not counted when it takes so long that there are too many of them.
+    """
+    figures = {"device_ms": device_ms(step, host)}
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
+    figures["extra_bytes"] = torch.cuda.max_memory_allocated() - before
+    if host > LONGEST_COUNTED_S:
+        return figures
 
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
         step()
@@ -147,11 +175,7 @@ def cuda_figures(step: Step, host: float) -> dict[str, float]:
         for event in profile.events() or ()
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
-    return {
-        "device_ms": statistics.median(times),
-        "launches": len(launches),  # of kernels, copies and fills
-        "extra_bytes": extra,
-    }
+    return {**figures, "launches": len(launches)}  # of kernels, copies and fills
 
 
 def _commit() -> str | None:

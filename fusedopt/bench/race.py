@@ -164,7 +164,8 @@ def result(
 
 
 def _medians(figures: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(each[key] for each in figures) for key in figures[0]}
+    keys = dict.fromkeys(key for each in figures for key in each)
+    return {key: statistics.median(each[key] for each in figures if key in each) for key in keys}
 
 
 def _relative_to_ours(timings: dict[str, Timing]) -> dict[str, Spread]:
