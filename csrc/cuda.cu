@@ -114,7 +114,7 @@ __device__ inline bool is_last_block(DeviceControl* control) {
 }
 
 template <class T>
-constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 4;  // on a multiprocessor
+constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
 
 template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)

@@ -1,10 +1,10 @@
-// Between device memory and the lanes of a warp: tiles on their way.
+// Between device memory and the lanes of a warp: spans of tensors on their way.
 //
 // A GPU hides what its memory takes to answer by having much on the way at a time. Formats of
 // operands are chosen at run time, by branches; and what a branch has loaded into registers must
-// arrive before the next one begins. So nothing is loaded there. Tiles are copied into a buffer in
-// shared memory, by copies that nobody waits for until the tile's turn comes, all operands at a
-// time and some tiles ahead. The branches read from the buffer, and write to it; from there the
+// arrive before the next one begins. So nothing is loaded there. Spans are copied into a buffer in
+// shared memory, by copies that nobody waits for until the span's turn comes, all operands at a
+// time and some spans ahead. The branches read from the buffer, and write to it; from there the
 // results go to memory.
 //
 // A lane copies what itself will use, so none waits for another.
@@ -28,12 +28,14 @@ namespace fusedopt::FUSEDOPT_ISA {
 #define FUSEDOPT_KEEP_LOOP
 #endif
 
-// A tile is two rows of 128 elements, of which each lane has four neighbours: accesses of 16 bytes
-// for floats, 8 for halves, next to those of the neighbouring lanes.
+// A span's tiles are of two rows of 128 elements, of which each lane has four neighbours: accesses
+// of 16 bytes for floats, 8 for halves, next to those of the neighbouring lanes.
 constexpr int kWarpLanes = 32;
 constexpr int kQuad = 4;
 constexpr int kRow = kWarpLanes * kQuad;
 constexpr int kRows = int(kBlock) / kRow;
+template <class T>
+constexpr int kSpanTiles = span_tiles(sizeof(T) == 8);
 static_assert(kScaleBytes == kWarpLanes * sizeof(float), "one for each lane");
 
 // Four elements, or as many bytes of them as one access can have.
@@ -98,13 +100,14 @@ FUSEDOPT_OUTLINE void scatter(const DeviceOperand& operand, unsigned char* buffe
   });
 }
 
-// What of a tile one lane has: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
-class LaneBuffer {
+// What of a span one lane has: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
+template <class T>
+class LaneSpan {
  public:
-  FUSEDOPT_HD LaneBuffer(unsigned char* buffer, int lane, int64_t begin, int64_t numel)
-      : buffer_(buffer), lane_(lane), first_(begin + lane * kQuad), numel_(numel) {
-    const int64_t left = numel - first_;
-    left_ = left < kBlock ? int(left) : int(kBlock);
+  FUSEDOPT_HD LaneSpan(unsigned char* buffer, int lane, int64_t begin, int64_t numel)
+      : buffer_(buffer), lane_(lane), begin_(begin), numel_(numel) {
+    const int64_t left = numel - begin;
+    left_ = left < kTiles * kBlock ? int(left) : int(kTiles * kBlock);
   }
 
   // Begins to copy an operand's elements from `data`, which is the operand's, or the gradient's.
@@ -113,7 +116,7 @@ class LaneBuffer {
     const DeviceOperand operand = in_memory;
     const bool pieces = in_pieces(operand, data);
     if (pieces) {
-      const auto* const from = static_cast<const unsigned char*>(data) + first_ * operand.size;
+      const auto* const from = static_cast<const unsigned char*>(data) + first() * operand.size;
       each_piece(place(operand), from, operand.size,
                  [&](auto* to, const auto* from) { warp.copy(to, from); });
     }
@@ -127,7 +130,7 @@ class LaneBuffer {
     const DeviceOperand operand = in_memory;
     const bool pieces = in_pieces(operand, operand.data);
     if (pieces) {
-      auto* const to = static_cast<unsigned char*>(operand.data) + first_ * operand.size;
+      auto* const to = static_cast<unsigned char*>(operand.data) + first() * operand.size;
       each_piece(to, place(operand), operand.size, [](auto* to, const auto* from) { *to = *from; });
     }
     each_rest(operand, pieces, [&](unsigned char* buffered, int64_t at) {
@@ -135,31 +138,39 @@ class LaneBuffer {
     });
   }
 
-  // A lane's copy of the scale of 8-bit state.
-  FUSEDOPT_HD float* scale(const float* place) const {
-    return reinterpret_cast<float*>(buffer_ + reinterpret_cast<uintptr_t>(place)) + lane_;
+  // The same for the scales of 8-bit state, of which the buffer has a copy for each lane.
+  template <class Warp>
+  FUSEDOPT_HD void fetch_scales(Warp& warp, const float* scales, const float* place) const {
+    for (int tile = 0; tile * kBlock < left_; ++tile) {
+      warp.copy(lane_scale(place, tile), scales + begin_ / kBlock + tile);
+    }
   }
 
- protected:
-  FUSEDOPT_HD int64_t index(int row) const { return first_ + row * kRow; }
-
-  // Whether the tensor has the j-th of a row's elements.
-  FUSEDOPT_HD bool has(int row, int j) const { return row * kRow + j < left_; }
-
-  // Where the first four elements of an operand are; those of the next row are kRow further on.
-  template <class Stored>
-  FUSEDOPT_HD Stored* elements(const Operand& operand) const {
-    const auto place = reinterpret_cast<uintptr_t>(operand.data);
-    return reinterpret_cast<Stored*>(buffer_ + place) + lane_ * kQuad;
+  FUSEDOPT_HD void put_scales(float* scales, const float* place) const {
+    if (lane_ != 0) return;
+    for (int tile = 0; tile * kBlock < left_; ++tile) {
+      scales[begin_ / kBlock + tile] = *lane_scale(place, tile);
+    }
   }
 
  private:
-  // Whether the tensor reaches so far.
-  FUSEDOPT_HD bool whole(int row) const { return row * kRow + kQuad <= left_; }
+  static constexpr int kTiles = kSpanTiles<T>;
+
+  // The lane's first element.
+  FUSEDOPT_HD int64_t first() const { return begin_ + lane_ * kQuad; }
+
+  // Whether the tensor reaches so far, and whether that row's tile has any elements.
+  FUSEDOPT_HD bool whole(int row) const { return row * kRow + lane_ * kQuad + kQuad <= left_; }
+  FUSEDOPT_HD bool begun(int row) const { return row / kRows * int(kBlock) < left_; }
 
   // Whether four elements can be had at a time. (Views need not be aligned.)
   FUSEDOPT_HD static bool in_pieces(const DeviceOperand& operand, const void* data) {
     return operand.dense && (reinterpret_cast<uintptr_t>(data) & operand.misaligned) == 0;
+  }
+
+  FUSEDOPT_HD float* lane_scale(const float* place, int tile) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(place) + tile * kScaleBytes;
+    return reinterpret_cast<float*>(buffer_ + at) + lane_;
   }
 
   FUSEDOPT_HD unsigned char* place(const DeviceOperand& operand) const {
@@ -183,7 +194,7 @@ class LaneBuffer {
     constexpr int kBytes = kQuad * kSize < kLargestPiece ? kQuad * kSize : kLargestPiece;
     using P = Piece<kBytes>;
     FUSEDOPT_UNROLL
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kTiles * kRows; ++row) {
       if (!whole(row)) continue;
       FUSEDOPT_UNROLL
       for (int i = row * kRow * kSize; i < (row * kRow + kQuad) * kSize; i += kBytes) {
@@ -192,20 +203,20 @@ class LaneBuffer {
     }
   }
 
-  // Calls copy(in the buffer, first element) for the other rows, or all.
+  // Calls copy(in the buffer, first element) for the other rows, or all, of the tiles begun.
   template <class F>
   FUSEDOPT_HD void each_rest(const DeviceOperand& operand, bool pieces, F&& copy) const {
     FUSEDOPT_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      if (pieces && whole(row)) continue;
-      copy(place(operand) + row * kRow * operand.buffered_size, index(row));
+    for (int row = 0; row < kTiles * kRows; ++row) {
+      if (!begun(row) || (pieces && whole(row))) continue;
+      copy(place(operand) + row * kRow * operand.buffered_size, first() + row * kRow);
     }
   }
 
   unsigned char* buffer_;
   int lane_;
-  int64_t first_, numel_;
-  int left_;  // elements from the first one to the tensor's end, or at least as many as matter
+  int64_t begin_, numel_;
+  int left_;  // elements from there to the tensor's end, or to the span's
 };
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -1,19 +1,22 @@
 // What the CUDA kernels read: a Plan as it lies in device memory.
 //
 // Tasks that share a rule and an arithmetic type share a launch. Its work line is made of the
-// tasks' tiles, one after another, and cut into chunks, which the warps take in turn.
+// tasks' spans, one after another, and cut into chunks, which the warps take in turn.
 #pragma once
 
 #include "plan.h"
 
 namespace fusedopt {
 
-// An operand in device memory, and where its tiles (of kBlock elements) come to lie in the buffer
-// (cuda_buffer.h).
+// A span is what a warp has in a buffer at a time (cuda_buffer.h): so many tiles, of kBlock
+// elements, of one task. (Two: what there is to do once per span is a third of all instructions.)
+constexpr int span_tiles(bool in_double) { return in_double ? 1 : 2; }
+
+// An operand in device memory, and where its spans come to lie in the buffer.
 struct DeviceOperand {
   void* data = nullptr;            // of the gradient: none, it is in DeviceGrad
   const Layout* layout = nullptr;  // null: the elements lie one after another
-  uint32_t place = 0;              // the tile's first byte in the buffer
+  uint32_t place = 0;              // the span's first byte in the buffer
   uint8_t size = 0;                // bytes of an element; 0: there is no such operand
   uint8_t buffered_size = 0;  // in the buffer: as `size`, but a float for a double among floats
   bool dense = false;         // what lies in the buffer is what lies in memory
@@ -23,7 +26,7 @@ struct DeviceOperand {
 // No operand is at place 0, which so means that there is none; all are aligned to this.
 constexpr uint32_t kBufferBegin = 16;
 
-// Of a state's scale, each lane has a copy.
+// Of a tile's scale each lane has a copy.
 constexpr uint32_t kScaleBytes = 32 * sizeof(float);
 
 // The first two, which is all that a norm reads; the others are listed without gaps.
@@ -61,12 +64,12 @@ struct DeviceLine {
   const DeviceTask* tasks;
   const DeviceGrad* grads;
   const DeviceGroup* groups;
-  const int64_t* first_tile;  // n_tasks + 1: where each task's tiles begin on the line
-  const int32_t* chunk_task;  // n_chunks: the task that the chunk's first tile belongs to
+  const int64_t* first_span;  // n_tasks + 1: where each task's spans begin on the line
+  const int32_t* chunk_task;  // n_chunks: the task that the chunk's first span belongs to
   int32_t n_tasks;
-  int32_t chunk_tiles;
+  int32_t chunk_spans;
   int64_t n_chunks;
-  uint32_t grad_bytes;    // of a buffer for any tile's gradient and what was accumulated,
+  uint32_t grad_bytes;    // of a buffer for any span's gradient and what was accumulated,
   uint32_t buffer_bytes;  // and for all of its operands
 };
 

@@ -10,7 +10,10 @@
 namespace fusedopt {
 namespace {
 
-int64_t tiles_of(const Task& task) { return (task.numel + kBlock - 1) / kBlock; }
+int64_t spans_of(const Task& task, bool in_double) {
+  const int64_t length = span_tiles(in_double) * kBlock;
+  return (task.numel + length - 1) / length;
+}
 
 // Calls f(operand) for all operands of a task that the kernels may read or write.
 template <class F>
@@ -50,7 +53,8 @@ class Placer {
       add(&parts.state[k]);
       if (parts.state[k].dtype != DType::kUInt8) continue;
       task_.scale[k] = extras.scale[k];
-      extras.scale[k] = reinterpret_cast<float*>(uintptr_t(take(kScaleBytes)));
+      extras.scale[k] =
+          reinterpret_cast<float*>(uintptr_t(take(span_tiles(in_double_) * kScaleBytes)));
     }
   }
 
@@ -65,7 +69,7 @@ class Placer {
     device.size = uint8_t(item_size(operand->dtype));
     if (operand->dtype == DType::kFloat64 && !in_double_) operand->dtype = DType::kFloat32;
     device.buffered_size = uint8_t(item_size(operand->dtype));
-    device.place = take(kBlock * device.buffered_size);
+    device.place = take(span_tiles(in_double_) * kBlock * device.buffered_size);
     device.dense = device.layout == nullptr && device.size == device.buffered_size;
     device.misaligned = uint8_t(std::min(4 * device.size, 16) - 1);
     operand->data = reinterpret_cast<void*>(uintptr_t(device.place));
@@ -126,12 +130,12 @@ void DeviceTable::find_kinds(const Plan& plan) {
   kinds_.clear();
   for (auto& [key, list] : places) {
     Kind kind = {key.first, key.second, std::move(list)};
-    int64_t tiles = 0;
-    for (int64_t i : kind.places) tiles += tiles_of(*plan.tasks[i]);
+    int64_t spans = 0;
+    for (int64_t i : kind.places) spans += spans_of(*plan.tasks[i], kind.in_double);
     // Enough chunks for the warps to end at about the same time.
-    const int64_t share = tiles / std::max<int64_t>(1, 16 * n_warps_);
-    kind.chunk_tiles = std::max<int64_t>(1, std::min(share, most_tiles_));
-    kind.n_chunks = (tiles + kind.chunk_tiles - 1) / kind.chunk_tiles;
+    const int64_t share = spans / std::max<int64_t>(1, 16 * n_warps_);
+    kind.chunk_spans = std::max<int64_t>(1, std::min(share, most_spans_));
+    kind.n_chunks = (spans + kind.chunk_spans - 1) / kind.chunk_spans;
     kinds_.push_back(std::move(kind));
   }
 }
@@ -146,7 +150,7 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
   layouts_.clear();
   for (Kind& kind : kinds_) {
     kind.tasks = cursor.take<DeviceTask>(kind.places.size());
-    kind.first_tile = cursor.take<int64_t>(kind.places.size() + 1);
+    kind.first_span = cursor.take<int64_t>(kind.places.size() + 1);
     kind.chunk_task = cursor.take<int32_t>(kind.n_chunks);
     for (int64_t i : kind.places) {
       DeviceTask task = device_task(*plan.tasks[i], counters[i]);
@@ -188,7 +192,7 @@ void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>
   launches_.clear();
   size_t n_layouts = 0;
   for (const Kind& kind : kinds_) {
-    int64_t tile = 0, chunk = 0;
+    int64_t span = 0, chunk = 0;
     uint32_t grad_bytes = 0, buffer_bytes = 0;
     for (size_t k = 0; k < kind.places.size(); ++k) {
       const int64_t i = kind.places[k];
@@ -209,21 +213,22 @@ void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>
       grad_bytes = std::max(grad_bytes, placer.grad_bytes());
       buffer_bytes = std::max(buffer_bytes, placer.buffer_bytes());
       put(image, offset, task);
-      put(image, kind.first_tile + k * sizeof(int64_t), tile);
-      for (tile += tiles_of(*plan.tasks[i]); chunk * kind.chunk_tiles < tile; ++chunk) {
+      put(image, kind.first_span + k * sizeof(int64_t), span);
+      span += spans_of(*plan.tasks[i], kind.in_double);
+      for (; chunk * kind.chunk_spans < span; ++chunk) {
         put(image, kind.chunk_task + chunk * sizeof(int32_t), int32_t(k));
       }
     }
-    put(image, kind.first_tile + kind.places.size() * sizeof(int64_t), tile);
+    put(image, kind.first_span + kind.places.size() * sizeof(int64_t), span);
     launches_.push_back(
         {kind.rule,
          kind.in_double,
          {static_cast<const DeviceTask*>(at(kind.tasks)),
           static_cast<const DeviceGrad*>(at(kind.grads)),
           static_cast<const DeviceGroup*>(at(groups_.begin)),
-          static_cast<const int64_t*>(at(kind.first_tile)),
+          static_cast<const int64_t*>(at(kind.first_span)),
           static_cast<const int32_t*>(at(kind.chunk_task)), int32_t(kind.places.size()),
-          int32_t(kind.chunk_tiles), kind.n_chunks, grad_bytes, buffer_bytes}});
+          int32_t(kind.chunk_spans), kind.n_chunks, grad_bytes, buffer_bytes}});
   }
 }
 

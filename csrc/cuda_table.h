@@ -39,9 +39,9 @@ class DeviceTable {
   };
 
   // `n_warps`, as many as run at a time, are to get several chunks each; but a chunk has at most
-  // `most_tiles`, and at least one.
-  explicit DeviceTable(int64_t n_warps, int64_t most_tiles = 64)
-      : n_warps_(n_warps), most_tiles_(most_tiles) {}
+  // `most_spans`, and at least one.
+  explicit DeviceTable(int64_t n_warps, int64_t most_spans = 32)
+      : n_warps_(n_warps), most_spans_(most_spans) {}
 
   // Lays the image out, and returns its size. Counters go with tasks, rates (or none) with groups.
   // Tasks without gradients may be among the plan's: they take no part.
@@ -69,14 +69,14 @@ class DeviceTable {
     int rule;
     bool in_double;
     std::vector<int64_t> places;  // in the plan
-    int64_t chunk_tiles = 1;
+    int64_t chunk_spans = 1;
     int64_t n_chunks = 0;
-    size_t tasks = 0, grads = 0, first_tile = 0, chunk_task = 0;
+    size_t tasks = 0, grads = 0, first_span = 0, chunk_task = 0;
   };
 
   void find_kinds(const Plan& plan);
 
-  int64_t n_warps_, most_tiles_;
+  int64_t n_warps_, most_spans_;
   int64_t n_groups_ = 0;
   std::vector<Kind> kinds_;
   std::vector<Launch> launches_;

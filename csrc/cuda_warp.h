@@ -23,10 +23,10 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
-// Tiles that a warp has on the way, with the one that it works on, at most.
+// Spans that a warp has on the way, with the one that it works on, at most.
 constexpr int kMaxDepth = 8;
 
-// A warp's buffers in shared memory: `depth` of them, each for a tile.
+// A warp's buffers in shared memory: `depth` of them, each for a span.
 struct Buffers {
   unsigned char* first;
   uint32_t bytes;  // of each
@@ -35,18 +35,20 @@ struct Buffers {
   FUSEDOPT_HD unsigned char* at(int i) const { return first + i * bytes; }
 };
 
-// A lane's elements as the arithmetic wants them: those in its buffer. Beyond the tensor's end they
-// are zeros, and may become anything.
-class Lane : public LaneBuffer {
+// What of a tile one lane has, in a buffer: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
+// Beyond the tensor's end they are zeros, and may become anything.
+class Lane {
  public:
   static constexpr int64_t kElements = kRows * kQuad;
 
-  using LaneBuffer::LaneBuffer;
+  // The tile is the i-th of the buffer's.
+  FUSEDOPT_HD Lane(unsigned char* buffer, int i, int lane, int64_t begin, int64_t numel)
+      : buffer_(buffer), i_(i), lane_(lane), first_(begin + lane * kQuad), numel_(numel) {}
 
   FUSEDOPT_HD static constexpr int64_t length() { return kElements; }
 
   // Whether the tensor has a lane's i-th element.
-  FUSEDOPT_HD bool has(int i) const { return LaneBuffer::has(i / kQuad, i % kQuad); }
+  FUSEDOPT_HD bool has(int i) const { return index(i / kQuad) + i % kQuad < numel_; }
 
   template <class T>
   FUSEDOPT_HD static constexpr bool in_place(const Operand&) {
@@ -106,6 +108,12 @@ class Lane : public LaneBuffer {
     }
   }
 
+  // A lane's copy of the scale of 8-bit state.
+  FUSEDOPT_HD float* scale(const float* place) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(place) + i_ * kScaleBytes;
+    return reinterpret_cast<float*>(buffer_ + at) + lane_;
+  }
+
   FUSEDOPT_HD Random draw(uint64_t seed, uint64_t step, uint32_t stream,
                           uint16_t (&bits)[kElements]) const {
     const RandomKey key = random_key(seed, step, stream, uint32_t(uint64_t(index(0)) / 2 >> 32));
@@ -126,6 +134,15 @@ class Lane : public LaneBuffer {
     Stored value[kQuad];
   };
 
+  // Where the first four elements of an operand are; those of the next row are kRow further on.
+  template <class Stored>
+  FUSEDOPT_HD Stored* elements(const Operand& operand) const {
+    const auto place = reinterpret_cast<uintptr_t>(operand.data);
+    return reinterpret_cast<Stored*>(buffer_ + place) + i_ * kBlock + lane_ * kQuad;
+  }
+
+  FUSEDOPT_HD int64_t index(int row) const { return first_ + row * kRow; }
+
   // As with_format(), but that among floats no buffer holds doubles.
   template <class T, class F>
   FUSEDOPT_HD static void with_buffered_format(DType dtype, F&& f) {
@@ -139,6 +156,10 @@ class Lane : public LaneBuffer {
       with_format(dtype, f);
     }
   }
+
+  unsigned char* buffer_;
+  int i_, lane_;
+  int64_t first_, numel_;
 };
 
 // What a lane keeps of a tile.
@@ -160,7 +181,8 @@ FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
   return grad.data != nullptr || grad.accumulated != 0;
 }
 
-// Goes through the tiles of a warp's share of the line, of the tasks that take part.
+// Goes through the spans of a warp's share of the line, of the tasks that take part.
+template <class T>
 class Walk {
  public:
   FUSEDOPT_HD Walk(const DeviceLine& line, int64_t warp, int64_t n_warps)
@@ -173,8 +195,8 @@ class Walk {
 
   FUSEDOPT_HD int32_t task() const { return task_; }
 
-  // The tile's first element.
-  FUSEDOPT_HD int64_t begin() const { return (at_ - first_) * kTile; }
+  // The span's first element.
+  FUSEDOPT_HD int64_t begin() const { return (at_ - first_) * (kSpanTiles<T> * kBlock); }
 
   FUSEDOPT_HD void advance() {
     ++at_;
@@ -184,16 +206,16 @@ class Walk {
  private:
   FUSEDOPT_HD void begin_chunk() {
     if (done()) return;
-    at_ = chunk_ * line_.chunk_tiles;
-    const int64_t length = line_.first_tile[line_.n_tasks];
-    end_ = at_ + line_.chunk_tiles < length ? at_ + line_.chunk_tiles : length;
+    at_ = chunk_ * line_.chunk_spans;
+    const int64_t length = line_.first_span[line_.n_tasks];
+    end_ = at_ + line_.chunk_spans < length ? at_ + line_.chunk_spans : length;
     begin_task(line_.chunk_task[chunk_]);
   }
 
   FUSEDOPT_HD void begin_task(int32_t task) {
     task_ = task;
-    first_ = line_.first_tile[task];
-    last_ = line_.first_tile[task + 1];
+    first_ = line_.first_span[task];
+    last_ = line_.first_span[task + 1];
     if (!takes_part(line_.grads[task])) at_ = at_ < last_ ? last_ : at_;
   }
 
@@ -210,17 +232,17 @@ class Walk {
 
   const DeviceLine& line_;
   int64_t chunk_, n_warps_;
-  int64_t at_ = 0, end_ = 0;      // on the line: the tile, and the chunk's end
-  int64_t first_ = 0, last_ = 0;  // the task's tiles
+  int64_t at_ = 0, end_ = 0;      // on the line: the span, and the chunk's end
+  int64_t first_ = 0, last_ = 0;  // the task's spans
   int32_t task_ = -1;
 };
 
-// Calls use(task's number, first element, buffer) for the tiles of a warp's share, when what
+// Calls use(task's number, first element, buffer) for the spans of a warp's share, when what
 // fetch(the same) has begun to copy there has come.
-template <class Warp, class Fetch, class Use>
-FUSEDOPT_HD inline void stream_tiles(Warp& warp, const DeviceLine& line, const Buffers& buffers,
+template <class T, class Warp, class Fetch, class Use>
+FUSEDOPT_HD inline void stream_spans(Warp& warp, const DeviceLine& line, const Buffers& buffers,
                                      int64_t number, int64_t n_warps, Fetch&& fetch, Use&& use) {
-  Walk ahead(line, number, n_warps), here(line, number, n_warps);
+  Walk<T> ahead(line, number, n_warps), here(line, number, n_warps);
   int filled = 0, first = 0;  // buffers, in the order of a ring
   while (!here.done()) {
     for (; filled < buffers.depth; ++filled) {
@@ -240,16 +262,23 @@ FUSEDOPT_HD inline void stream_tiles(Warp& warp, const DeviceLine& line, const B
   }
 }
 
+// Calls f(i, first element) for the tiles of a span.
+template <class T, class F>
+FUSEDOPT_HD inline void each_tile(int64_t begin, int64_t numel, F&& f) {
+  FUSEDOPT_KEEP_LOOP
+  for (int i = 0; i < kSpanTiles<T> && begin + i * kBlock < numel; ++i) f(i, begin + i * kBlock);
+}
+
 // Begins to copy a lane's part of the first `n` operands.
-template <class Warp>
-FUSEDOPT_HD inline void fetch_operands(Warp& warp, const Lane& lane, const DeviceTask& task,
+template <class T, class Warp>
+FUSEDOPT_HD inline void fetch_operands(Warp& warp, const LaneSpan<T>& span, const DeviceTask& task,
                                        const DeviceGrad& grad, int n) {
   FUSEDOPT_KEEP_LOOP
   for (int k = 0; k < n; ++k) {
     const DeviceOperand& operand = task.operands[k];
     const void* data = k == kGradOperand ? grad.data : operand.data;
     if (k == kGradSumOperand && grad.accumulated == 0) data = nullptr;
-    if (data != nullptr) lane.fetch(warp, operand, data);
+    if (data != nullptr) span.fetch(warp, operand, data);
   }
 }
 
@@ -319,12 +348,12 @@ FUSEDOPT_HD inline void prepare_rule(Warp& warp, WarpMemory<Rule, T>& memory,
 
 template <class Rule, class T, class Warp>
 FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const TileStages<T>& stages,
-                                         const Task& task, const Gradients& from, int64_t begin,
-                                         unsigned char* buffer) {
+                                         const Task& task, const Gradients& from, int i,
+                                         int64_t begin, unsigned char* buffer) {
   constexpr int64_t n = Lane::kElements;
   const bool draws = draws_for_states<Rule>(task);
   warp.each([&](int number, LaneTile<T>& tile) {
-    const Lane lane(buffer, number, begin, task.numel);
+    const Lane lane(buffer, i, number, begin, task.numel);
     // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
     if (draws) tile.tail = lane.draw(task.extras->seed, stages.step, kStateStream, tile.bits).tail;
     update_tile(lane, task, from, stages, tile.weights, tile.gradients,
@@ -356,7 +385,7 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
     const float scale =
         block_scale(warp.largest([&](const LaneTile<T>& tile) { return tile.largest[k]; }));
     warp.each([&](int number, LaneTile<T>& tile) {
-      const Lane lane(buffer, number, begin, task.numel);
+      const Lane lane(buffer, i, number, begin, task.numel);
       *lane.scale(task.extras->scale[k]) = scale;
       encode_state(lane, task, k, scale, tile.states[k], Random{draws, tile.bits, tile.tail});
     });
@@ -375,35 +404,36 @@ FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp
   });
   if (memory.verdict.skip) return;
   int32_t opened = -1;
-  stream_tiles(
+  stream_spans<T>(
       warp, line, buffers, number, n_warps,
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
-        const DeviceGrad grad = line.grads[i];
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
+        const DeviceGrad grad = line.grads[t];
         warp.each([&](int number, LaneTile<T>&) {
-          const Lane lane(buffer, number, begin, task.task.numel);
-          fetch_operands(warp, lane, task, grad, task.n_operands);
+          const LaneSpan<T> span(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, span, task, grad, task.n_operands);
           for (int k = 0; k < Rule::kStates; ++k) {
             if (task.scale[k] == nullptr) continue;
-            warp.copy(lane.scale(task.extras.scale[k]), task.scale[k] + begin / kBlock);
+            span.fetch_scales(warp, task.scale[k], task.extras.scale[k]);
           }
         });
       },
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
-        if (i != opened) prepare_rule(warp, memory, line, task);
-        opened = i;
-        update_warp_tile<Rule, T>(warp, memory.rule, memory.stages, task.task,
-                                  gradients_of(task, line.grads[i]), begin, buffer);
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
+        if (t != opened) prepare_rule(warp, memory, line, task);
+        opened = t;
+        const Gradients from = gradients_of(task, line.grads[t]);
+        each_tile<T>(begin, task.task.numel, [&](int i, int64_t begin) {
+          update_warp_tile<Rule, T>(warp, memory.rule, memory.stages, task.task, from, i, begin,
+                                    buffer);
+        });
         warp.each([&](int number, LaneTile<T>&) {
-          const Lane lane(buffer, number, begin, task.task.numel);
+          const LaneSpan<T> span(buffer, number, begin, task.task.numel);
           FUSEDOPT_KEEP_LOOP
-          for (int k = kOtherOperands; k < task.n_operands; ++k) {
-            lane.put(task.operands[k]);
-          }
+          for (int k = kOtherOperands; k < task.n_operands; ++k) span.put(task.operands[k]);
           for (int k = 0; k < Rule::kStates; ++k) {
-            if (number != 0 || task.scale[k] == nullptr) continue;
-            task.scale[k][begin / kBlock] = *lane.scale(task.extras.scale[k]);
+            if (task.scale[k] == nullptr) continue;
+            span.put_scales(task.scale[k], task.extras.scale[k]);
           }
         });
       });
@@ -453,37 +483,40 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
   const T multiplier = T(Verdict(arguments.stages).stages.grad_multiplier);
   const bool sums = arguments.stages.norm != NormType::kInfinity;
   warp.each([&](int, LaneNorm& norm) { norm = {0, 0}; });
-  stream_tiles(
+  stream_spans<T>(
       warp, line, buffers, number, n_warps,
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
         warp.each([&](int number, LaneNorm&) {
-          const Lane lane(buffer, number, begin, task.task.numel);
-          fetch_operands(warp, lane, task, line.grads[i], kOtherOperands);
+          const LaneSpan<T> span(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, span, task, line.grads[t], kOtherOperands);
         });
       },
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
-        const Gradients from = gradients_of(task, line.grads[i]);
-        warp.each([&](int number, LaneNorm& norm) {
-          const Lane lane(buffer, number, begin, task.task.numel);
-          T tile[Lane::kElements];
-          const T* const g = open_gradients(lane, from, tile);
-          auto largest = magnitude_bits(g[0]);
-          FUSEDOPT_VECTORIZE
-          for (int j = 0; j < Lane::kElements; ++j) {
-            const auto bits = magnitude_bits(g[j]);
-            largest = bits > largest ? bits : largest;
-            if (sums) norm.sum = add_square(norm.sum, g[j]);
-          }
-          const T magnitude = bit_cast<T>(largest);
-          // The largest tells of all, also when it is multiplied; inf and nan are largest.
-          const auto infinity = magnitude_bits(T(INFINITY));
-          if (largest >= infinity || magnitude_bits(magnitude * multiplier) >= infinity) {
-            warp.raise(&arguments.control->nonfinite, kFirstPlace - task.place);
-          }
-          const uint64_t bits = magnitude_bits(double(magnitude));
-          norm.largest = bits > norm.largest ? bits : norm.largest;
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
+        const int64_t numel = task.task.numel;
+        const Gradients from = gradients_of(task, line.grads[t]);
+        each_tile<T>(begin, numel, [&](int i, int64_t begin) {
+          warp.each([&](int number, LaneNorm& norm) {
+            const Lane lane(buffer, i, number, begin, numel);
+            T tile[Lane::kElements];
+            const T* const g = open_gradients(lane, from, tile);
+            auto largest = magnitude_bits(g[0]);
+            FUSEDOPT_VECTORIZE
+            for (int j = 0; j < Lane::kElements; ++j) {
+              const auto bits = magnitude_bits(g[j]);
+              largest = bits > largest ? bits : largest;
+              if (sums) norm.sum = add_square(norm.sum, g[j]);
+            }
+            const T magnitude = bit_cast<T>(largest);
+            // The largest tells of all, also when it is multiplied; inf and nan are largest.
+            const auto infinity = magnitude_bits(T(INFINITY));
+            if (largest >= infinity || magnitude_bits(magnitude * multiplier) >= infinity) {
+              warp.raise(&arguments.control->nonfinite, kFirstPlace - task.place);
+            }
+            const uint64_t bits = magnitude_bits(double(magnitude));
+            norm.largest = bits > norm.largest ? bits : norm.largest;
+          });
         });
       });
   const double sum =
@@ -537,27 +570,33 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
 template <class T, class Warp>
 FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, const Buffers& buffers,
                                         int64_t number, int64_t n_warps) {
-  stream_tiles(
+  stream_spans<T>(
       warp, line, buffers, number, n_warps,
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
         warp.each([&](int number, LaneTile<T>&) {
-          const Lane lane(buffer, number, begin, task.task.numel);
-          fetch_operands(warp, lane, task, line.grads[i], kOtherOperands);
+          const LaneSpan<T> span(buffer, number, begin, task.task.numel);
+          fetch_operands(warp, span, task, line.grads[t], kOtherOperands);
         });
       },
-      [&](int32_t i, int64_t begin, unsigned char* buffer) {
-        const DeviceTask& task = line.tasks[i];
-        const DeviceGrad grad = line.grads[i];
+      [&](int32_t t, int64_t begin, unsigned char* buffer) {
+        const DeviceTask& task = line.tasks[t];
+        const DeviceGrad grad = line.grads[t];
         if (grad.data == nullptr) return;
-        warp.each([&](int number, LaneTile<T>& tile) {
-          const Lane lane(buffer, number, begin, task.task.numel);
-          const T* const g = lane.open(task.task.grad, tile.gradients);
-          const bool adds = grad.accumulated != 0;
-          T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
-          accumulate(g, adds, sum, Lane::kElements);
-          lane.close(task.extras.grad_sum, sum);
-          lane.put(task.operands[kGradSumOperand]);
+        const int64_t numel = task.task.numel;
+        each_tile<T>(begin, numel, [&](int i, int64_t begin) {
+          warp.each([&](int number, LaneTile<T>& tile) {
+            const Lane lane(buffer, i, number, begin, numel);
+            const T* const g = lane.open(task.task.grad, tile.gradients);
+            const bool adds = grad.accumulated != 0;
+            T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
+            accumulate(g, adds, sum, Lane::kElements);
+            lane.close(task.extras.grad_sum, sum);
+          });
+        });
+        warp.each([&](int number, LaneTile<T>&) {
+          const LaneSpan<T> span(buffer, number, begin, numel);
+          span.put(task.operands[kGradSumOperand]);
         });
       });
 }

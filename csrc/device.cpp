@@ -119,7 +119,7 @@ void Device::measure(const DeviceStages& stages, bool alone) {
 
 void Device::finish_measure(const DeviceStages& stages) {
   MeasureArguments arguments = measure_arguments(stages);  // of no tasks
-  arguments.line.chunk_tiles = 1;
+  arguments.line.chunk_spans = 1;
   arguments.last_launch = true;
   cuda_measure(queue_, false, arguments);
   measuring_ = false;

@@ -80,7 +80,7 @@ void test_gpu_norm() {
         emulated::Options options = gpu_options(mixed.plan());
         options.stages.divisor = 1 / multiplier;
         options.stages.norm = type;
-        options.n_warps = grids[k].first, options.chunk_tiles = grids[k].second;
+        options.n_warps = grids[k].first, options.chunk_spans = grids[k].second;
         DeviceControl control = {};
         // What was left of the step before does not matter.
         control.total = 1e300, control.found = 7;
@@ -259,11 +259,11 @@ void test_gpu_grids() {
   Model expected = start;
   Step(expected, setup).update(&avx2::kKernels);
   const int grids[][3] = {{1, 1, 1}, {7, 5, 2}, {300, 16, 3}, {2, 64, 8}};
-  for (const auto& [n_warps, chunk_tiles, depth] : grids) {
+  for (const auto& [n_warps, chunk_spans, depth] : grids) {
     Model model = start;
     const Step step(model, setup);
     emulated::Options options = gpu_options(step.plan());
-    options.n_warps = n_warps, options.chunk_tiles = chunk_tiles, options.depth = depth;
+    options.n_warps = n_warps, options.chunk_spans = chunk_spans, options.depth = depth;
     DeviceControl control = {};
     emulated::update(step.plan(), &options, &control);
     check(same_bits(model, expected), "tiny tensors", n_warps, depth);

@@ -13,7 +13,7 @@ namespace {
 // A plan as it would lie in device memory.
 class Image {
  public:
-  Image(const Plan& plan, const Options& options) : table_(0, options.chunk_tiles) {
+  Image(const Plan& plan, const Options& options) : table_(0, options.chunk_spans) {
     narrow_.assign(options.steps.begin(), options.steps.end());
     wide_.assign(options.steps.begin(), options.steps.end());
     counters_.resize(plan.n_tasks);

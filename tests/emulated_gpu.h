@@ -19,7 +19,7 @@ struct Options {
   const void* lr = nullptr;  // a tensor, for all groups
   DType lr_dtype = DType::kFloat32;
   int64_t n_warps = 5;
-  int32_t chunk_tiles = 3;
+  int32_t chunk_spans = 3;
   int depth = 2;
 };
 
