@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -327,7 +328,7 @@ def diagnose(
 
     Args:
         history: The curves.
-        train: The training loss's column.
+        train: The training loss's column. Without it, that is said.
         val: The validation loss's. Without that column, nothing is said about validation.
         lr: The learning rate's. Without it, nothing is said about its decay.
         accuracy: A column that should rise, which tells whether training still improves things.
@@ -346,4 +347,9 @@ def diagnose(
     def points(name: str) -> tuple[list[int], list[float]]:
         return history.points(name) if name in history else ([], [])
 
-    return findings_of(points, train=train, val=val, lr=lr, accuracy=accuracy, limits=limits)
+    found = findings_of(points, train=train, val=val, lr=lr, accuracy=accuracy, limits=limits)
+    if len(history) and train not in history:  # logging more often would not help
+        advice = f"There is no column {train!r}, but {history.names}: say train=, and val= as well."
+        few = f"points_of_{train}"
+        found = [replace(each, advice=advice) if few in each.evidence else each for each in found]
+    return found
