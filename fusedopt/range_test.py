@@ -245,7 +245,8 @@ def lr_range_test(
             stepped. The sweep is of the first group's rate; others keep their ratio to it (of
             ``initial_lr``, where a scheduler has left one).
         stateful: What the closure changes beside the optimizer's parameters: ``(model,)``, and
-            generators or other objects with ``state_dict`` and ``load_state_dict``.
+            generators or other objects with ``state_dict`` and ``load_state_dict``; so also the
+            generator that a ``DataLoader`` was given.
         scaler: A ``torch.amp.GradScaler`` to scale the loss with (default: None).
         start_lr: Positive (default: 1e-7).
         end_lr: Above start_lr (default: 10).
