@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fusedopt.arguments import count
+from fusedopt.arguments import count, shown
 
 # Where a tensor is in a state dict: the keys and indices that lead to it.
 _Path = tuple[Any, ...]
@@ -48,7 +48,7 @@ class BestWeights:
 
     def __init__(self, stateful: Mapping[str, Stateful], *, storage: str | Path = "cpu") -> None:
         if not isinstance(stateful, Mapping):
-            raise TypeError(f"stateful is not a mapping of names to objects: {stateful!r}")
+            raise TypeError(f"stateful is not a mapping of names to objects: {shown(stateful)}")
         if not stateful:
             raise ValueError(f"stateful has no object: {stateful!r}")
         for name, item in stateful.items():
@@ -56,7 +56,7 @@ class BestWeights:
                 raise TypeError(f"stateful has a name that is no string: {name!r}")
             for method in ("state_dict", "load_state_dict"):
                 if not callable(getattr(item, method, None)):
-                    raise TypeError(f"stateful[{name!r}] has no method {method}: {item!r}")
+                    raise TypeError(f"stateful[{name!r}] has no method {method}: {shown(item)}")
         if isinstance(storage, Path):
             if storage.is_dir() or not storage.parent.is_dir():
                 raise ValueError(f"storage must be a file in an existing folder: {storage!r}")

@@ -27,6 +27,7 @@ from fusedopt.arguments import (
     optional,
     positive_ratio,
     ratio,
+    shown,
 )
 from fusedopt.curves import (
     Curve,
@@ -93,7 +94,7 @@ SCHEDULER_STATE = (
 
 def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
     if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict is not one of {of}: {state!r}")
+        raise TypeError(f"state_dict is not one of {of}: {shown(state)}")
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
@@ -246,9 +247,9 @@ class ScheduleLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer is not a torch.optim.Optimizer: {optimizer!r}")
+            raise TypeError(f"optimizer is not a torch.optim.Optimizer: {shown(optimizer)}")
         if not isinstance(plateau, Plateau | None):
-            raise TypeError(f"plateau is not a Plateau: {plateau!r}")
+            raise TypeError(f"plateau is not a Plateau: {shown(plateau)}")
         last_epoch = count("last_epoch", last_epoch, -1)
         self.schedule = (
             [as_curve(f"schedule[{i}]", curve) for i, curve in enumerate(schedule)]
@@ -273,7 +274,7 @@ class ScheduleLR(LRScheduler):
                 the metric comes once an epoch, call ``plateau.update(metric)`` instead.
         """
         if metric is not None and self.plateau is None:
-            raise ValueError(f"metric={metric!r}, but the scheduler has no plateau")
+            raise ValueError(f"metric={shown(metric)}, but the scheduler has no plateau")
         before = self._step_count, self.last_epoch
         plateau = None if metric is None else self.plateau
         counted = {} if plateau is None else plateau.state_dict()

@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fusedopt.arguments import count, finite_positive, integer, items, number, optional, positive
+from fusedopt.arguments import (
+    count,
+    finite_positive,
+    integer,
+    items,
+    number,
+    optional,
+    positive,
+    shown,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -172,7 +181,7 @@ def coarse_to_fine(
     except ImportError as error:
         raise ImportError("coarse_to_fine needs optuna: pip install optuna") from error
     if not callable(objective):
-        raise TypeError(f"objective is no function: {objective!r}")
+        raise TypeError(f"objective is no function: {shown(objective)}")
     if not isinstance(space, Mapping):
         raise TypeError(f"space is not a mapping of names to distributions: {space!r}")
     stages = items("stages", stages)

@@ -678,6 +678,12 @@ WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Plateau().update("good"), TypeError, "metric is not a number: 'good'"),
     (lambda: ScheduleLR(None, linear(5)), TypeError, "not a torch.optim.Optimizer: None"),
     (
+        lambda: ScheduleLR(torch.nn.Sequential(torch.nn.ReLU()), linear(5)),
+        TypeError,
+        r"not a torch.optim.Optimizer: Sequential\(…$",  # not the whole model
+    ),
+    (lambda: ScheduleLR(opt(), linear(5), plateau=Plateau()).step(torch.ones(99)), TypeError, "…$"),
+    (
         lambda: ScheduleLR(without_rate(), linear(5)),
         TypeError,
         r"param_groups\[0\]\['lr'\] is not a number: None",
