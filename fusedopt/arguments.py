@@ -12,6 +12,13 @@ from torch import nn
 Check = Callable[[str, Any], Any]
 
 
+def shown(value: Any) -> str:
+    """A value in a message: its first line, and not too much of it: it may be a whole model."""
+    text = repr(value)
+    line = text.partition("\n")[0][:100]
+    return text if line == text else f"{line}…"
+
+
 def number(name: str, value: Any) -> float:
     """A number, or a tensor of one."""
     try:
@@ -19,7 +26,7 @@ def number(name: str, value: Any) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # of tensors of several elements, too
-        raise TypeError(f"{name} is not a number: {value!r}") from None
+        raise TypeError(f"{name} is not a number: {shown(value)}") from None
 
 
 def finite(name: str, value: Any) -> float:
@@ -37,7 +44,7 @@ def integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is not an integer: {value!r}") from None
+        raise TypeError(f"{name} is not an integer: {shown(value)}") from None
 
 
 def count(name: str, value: Any, least: int = 0) -> int:
@@ -98,21 +105,21 @@ def positive_ratio(name: str, value: Any) -> float:
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is not True or False: {value!r}")
+        raise TypeError(f"{name} is not True or False: {shown(value)}")
     return value
 
 
 def items(name: str, values: Any) -> list[Any]:
     """What can be iterated over, but no text."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} is not a sequence: {values!r}")
+        raise TypeError(f"{name} is not a sequence: {shown(values)}")
     return list(values)
 
 
 def torch_module(name: str, value: Any) -> nn.Module:
     """A model, or a part of one."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} is not a torch.nn.Module: {value!r}")
+        raise TypeError(f"{name} is not a torch.nn.Module: {shown(value)}")
     return value
 
 

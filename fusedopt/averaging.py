@@ -82,6 +82,8 @@ class WeightAverage:
         n_averaged: How often the weights were averaged.
     """
 
+    _kind = "average"
+
     def __init__(
         self,
         model: nn.Module,
@@ -245,8 +247,9 @@ class WeightAverage:
         """The average in the layout of ``torch.optim.swa_utils.AveragedModel``, which can load it.
 
         That is ``n_averaged``, and the model's names after ``module.``. As a module's, it refers to
-        the tensors and does not copy them. Its ``_metadata`` has how often :meth:`update` was
-        called; when that gets lost, a resumed run takes it that the last call averaged.
+        the tensors and does not copy them. Its ``_metadata`` has whose it is, and how often
+        :meth:`update` was called; when that gets lost, a resumed run takes it that the last call
+        averaged.
 
         Raises:
             RuntimeError: Within :meth:`swap`.
@@ -256,7 +259,7 @@ class WeightAverage:
             n_averaged=torch.tensor(self.n_averaged, device="cpu")
         )
         state.update({f"module.{name}": self.averages[mine] for name, mine in self._saved.items()})
-        state._metadata = {"": {"calls": self._calls}}  # type: ignore[attr-defined]
+        state._metadata = {"": {"calls": self._calls, "kind": self._kind}}  # type: ignore[attr-defined]
         return state
 
     @torch.no_grad()
@@ -270,10 +273,15 @@ class WeightAverage:
 
         Raises:
             TypeError: An entry that should be a tensor is none.
-            ValueError: It does not match; the message has the first name that differs.
+            ValueError: It does not match; the message has the first name that differs. Or it is an
+                :class:`EMA`'s, and this is an :class:`SWA`, or the other way round.
             RuntimeError: Within :meth:`swap`.
         """
         self._check_not_swapped("load_state_dict")
+        metadata = getattr(state_dict, "_metadata", {}).get("", {})
+        kind = metadata.get("kind", self._kind)  # torch's has none, and may be of either
+        if kind != self._kind:
+            raise ValueError(f"state_dict is of an average of the kind {kind}, not {self._kind}")
         loaded = {n.removeprefix("module."): t for n, t in state_dict.items() if n != "n_averaged"}
         if "n_averaged" not in state_dict:
             raise ValueError("state_dict has no 'n_averaged'")
@@ -284,7 +292,6 @@ class WeightAverage:
         _check_same(mine, loaded, "state_dict")
         self.n_averaged = int(state_dict["n_averaged"])
         guess = self._start + self.n_averaged * self._every if self.n_averaged else 0
-        metadata = getattr(state_dict, "_metadata", {}).get("", {})
         self._calls = int(metadata.get("calls", guess))
         for name, average in mine.items():
             average.copy_(loaded[name])
@@ -337,6 +344,8 @@ class EMA(WeightAverage):
         with ema.swap(model):
             evaluate(model)
     """
+
+    _kind = "EMA"
 
     def __init__(
         self,
@@ -395,6 +404,8 @@ class SWA(WeightAverage):
         TypeError: An argument is of another type.
         ValueError: An argument is out of its range; or the model has no parameters.
     """
+
+    _kind = "SWA"
 
     def __init__(
         self,

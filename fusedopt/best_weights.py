@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fusedopt.arguments import count
+from fusedopt.arguments import count, shown
 
 # Where a tensor is in a state dict: the keys and indices that lead to it.
 _Path = tuple[Any, ...]
@@ -33,7 +33,7 @@ class BestWeights:
 
     The first :meth:`save` allocates the memory, the others reuse it. As a context manager it
     restores at the end of the block however that ends; an exception (also Ctrl-C) goes on after
-    that. When the block ends by an exception before anything was saved, all stays as it is.
+    that. When nothing was saved, all stays as it is, and a normal end is a RuntimeError.
 
     Args:
         stateful: Names and objects, such as ``{"model": model, "optimizer": optimizer}``.
@@ -48,7 +48,7 @@ class BestWeights:
 
     def __init__(self, stateful: Mapping[str, Stateful], *, storage: str | Path = "cpu") -> None:
         if not isinstance(stateful, Mapping):
-            raise TypeError(f"stateful is not a mapping of names to objects: {stateful!r}")
+            raise TypeError(f"stateful is not a mapping of names to objects: {shown(stateful)}")
         if not stateful:
             raise ValueError(f"stateful has no object: {stateful!r}")
         for name, item in stateful.items():
@@ -56,7 +56,7 @@ class BestWeights:
                 raise TypeError(f"stateful has a name that is no string: {name!r}")
             for method in ("state_dict", "load_state_dict"):
                 if not callable(getattr(item, method, None)):
-                    raise TypeError(f"stateful[{name!r}] has no method {method}: {item!r}")
+                    raise TypeError(f"stateful[{name!r}] has no method {method}: {shown(item)}")
         if isinstance(storage, Path):
             if storage.is_dir() or not storage.parent.is_dir():
                 raise ValueError(f"storage must be a file in an existing folder: {storage!r}")
@@ -77,8 +77,11 @@ class BestWeights:
         Raises:
             TypeError: A state dict holds what a file cannot, and storage is a file; what was
                 kept before still is.
+            RuntimeError: Within the ``swap_ema()`` of an optimizer that is among the objects, or
+                the ``swap()`` of an average: the model has the average there.
         """
         count("step", step)
+        self._check_not_swapped("save")
         # Not the caller's mode: memory from inference_mode() could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._keep({name: item.state_dict() for name, item in self._stateful.items()}, step)
@@ -93,12 +96,19 @@ class BestWeights:
             The step that was given to :meth:`save`.
 
         Raises:
-            RuntimeError: Nothing was saved, or the file is of another step now.
+            RuntimeError: Nothing was saved, or the file is of another step now. Or as for
+                :meth:`save`.
             ValueError: An entry is not what it was; the message names it. Or the file holds
                 something else altogether.
         """
         if self.step is None:
-            raise RuntimeError("there is nothing to restore: nothing was saved")
+            raise RuntimeError(
+                "there is nothing to restore: nothing was saved. Usual reasons: no metric was ever "
+                "an improvement, as each was nan, inf or beyond divergence_threshold (the reason "
+                "of the EarlyStopping says so); the run was not longer than start_from; or the "
+                "EarlyStopping was not given best="
+            )
+        self._check_not_swapped("restore")
         with torch.inference_mode(False), torch.no_grad():
             kept = self._kept if self._storage in ("cpu", "device") else self._load()
             now: dict[str, Any] = {}
@@ -132,6 +142,15 @@ class BestWeights:
             for name, item in self._stateful.items():
                 item.load_state_dict(state[name])
         return self.step
+
+    def _check_not_swapped(self, what: str) -> None:
+        # With a model alone, nobody knows whether the weights that it has are its own.
+        for name, item in self._stateful.items():
+            if getattr(item, "_swapped", False) is True:  # our optimizers' and averages'
+                raise RuntimeError(
+                    f"no {what}() within swap_ema() or swap() of {name!r}: the weights are not the "
+                    "model's own; leave that block first"
+                )
 
     def _keep(self, states: dict[str, Any], step: int) -> None:
         if isinstance(self._storage, Path):

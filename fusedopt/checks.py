@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import count, finite, finite_positive, not_negative, number
+from fusedopt.arguments import count, finite, finite_positive, not_negative, number, shown
 from fusedopt.trial import check_arguments, train_step, trial
 
 
@@ -115,7 +115,7 @@ def overfit_batch(
     """
     check_arguments(optimizer, stateful, scaler)
     if not callable(closure):
-        raise TypeError(f"closure is not callable: {closure!r}")
+        raise TypeError(f"closure is not callable: {shown(closure)}")
     count("steps", steps, 1)
     finite("target", target)
     losses: list[float] = []

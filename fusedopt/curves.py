@@ -28,6 +28,7 @@ from fusedopt.arguments import (
     one_of,
     positive_ratio,
     ratio,
+    shown,
 )
 from fusedopt.series import axes_for
 
@@ -71,7 +72,7 @@ def _factors(name: str, values: Any) -> tuple[float, ...]:
 def as_curve(name: str, value: Any) -> Curve:
     """A function of t, and no class of curves."""
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name} is not a curve, such as linear(100): {value!r}")
+        raise TypeError(f"{name} is not a curve, such as linear(100): {shown(value)}")
     return value  # type: ignore[no-any-return]
 
 

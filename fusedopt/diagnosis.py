@@ -15,8 +15,10 @@ from fusedopt.series import mean, noise
 class Thresholds:
     """What :func:`diagnose` calls much or little. All are choices; these are the reasons.
 
-    Levels are means over a tenth of a curve (3 points or more). A difference of levels is real
-    when it exceeds ``significant`` standard errors, by the noise that the curve itself shows.
+    Levels are means over a tenth of a curve (3 points or more). The start is the first tenth's; but
+    where that has points far above the first one, the mean of those before them, if it is lower. A
+    difference of levels is real when it exceeds ``significant`` standard errors, by the noise that
+    the curve itself shows.
 
     Attributes:
         least_points: Fewer than this have no tenths; at least 5, which the rules take.
@@ -140,23 +142,34 @@ def _finding(code: str, **evidence: float) -> Finding:
 
 
 class _Curve:
-    """A finite curve, and the levels that the rules compare."""
+    """A finite curve that should fall, and the levels that the rules compare."""
 
     def __init__(self, steps: Sequence[int], values: Sequence[float], limits: Thresholds) -> None:
         self.steps, self.values = steps, values
-        self.width = max(3, len(values) // 10)
+        self._noise = noise(values) * limits.significant
+        self.width = self._before = max(3, len(values) // 10)
         self.start = mean(values[: self.width])
+        # A rate that is far too high throws the loss up within a few steps. With these in the mean,
+        # coming back to where it was would look like a fall: the start is before them.
+        bound = values[0] + max(limits.flat * abs(values[0]), self.real(1))
+        spike = next((i for i, y in enumerate(values[: self.width]) if y > bound), self.width)
+        if spike < self.width and mean(values[:spike]) < self.start:
+            self.start, self._before = mean(values[:spike]), spike
         self.end = mean(values[-self.width :])
+        self.fall = self.start - self.end
         # The mean around each point, so that it neither lags nor is lowest by chance.
         half = self.width // 2
         self.levels = [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
         self.lowest = min(range(len(values)), key=self.levels.__getitem__)
         self.best = self.levels[self.lowest]
-        self._noise = noise(values) * limits.significant
 
     def real(self, width: int | None = None) -> float:
         """What a difference of two levels must exceed to be more than noise."""
         return self._noise * math.sqrt(2 / (width or self.width))
+
+    def real_fall(self) -> float:
+        """The same for a level and the start."""
+        return self._noise * math.sqrt(1 / self._before + 1 / self.width)
 
     def swing(self) -> float:
         """The spread of the second half around its trend, in the median of its tenths."""
@@ -165,14 +178,11 @@ class _Curve:
         spreads = [_spread(chunk) for chunk in chunks if len(chunk) == self.width]
         return statistics.median(spreads)
 
-    def gain(self, sign: float) -> tuple[float, float]:
-        """What the last quarter has won, from end to end, and what that must exceed.
-
-        A ``sign`` of 1 is for curves that should fall, -1 for those that should rise.
-        """
+    def gain(self) -> tuple[float, float]:
+        """What the last quarter has won, from end to end, and what that must exceed."""
         quarter = self.values[-max(3, len(self.values) // 4) :]
         # The variance of a slope over n points is 12 / n^3 times the noise's.
-        return -sign * _slope(quarter) * len(quarter), self._noise * math.sqrt(12 / len(quarter))
+        return -_slope(quarter) * len(quarter), self._noise * math.sqrt(12 / len(quarter))
 
 
 def _slope(values: Sequence[float]) -> float:
@@ -191,10 +201,10 @@ def _spread(values: Sequence[float]) -> float:
 
 def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
     fall = curve.start - curve.best
-    needed = max(curve.real(), limits.flat * abs(curve.start))
+    needed = max(curve.real_fall(), limits.flat * abs(curve.start))
     if fall <= needed:
         return None
-    bound = curve.start - max(limits.flat * fall, curve.real())
+    bound = curve.start - max(limits.flat * fall, curve.real_fall())
     if not curve.best < bound or curve.start - bound > limits.wait * fall / 2:
         return None  # a steady fall, too, would take long to show beside the noise
     stuck = next(i for i, level in enumerate(curve.levels) if level < bound)
@@ -204,16 +214,14 @@ def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
     return _finding("BAD_INIT", until_step=curve.steps[stuck], part=part, start=curve.start)
 
 
-def _level(
-    train: _Curve, val: _Curve | None, best: _Curve, sign: float, limits: Thresholds
-) -> Finding | None:
+def _level(train: _Curve, val: _Curve | None, best: _Curve, limits: Thresholds) -> Finding | None:
     """Where training has ended: at most one of four findings."""
-    fall = train.start - train.end
+    fall = train.fall
     part = fall / abs(train.start) if train.start else math.inf
     evidence = {"start": train.start, "end": train.end, "fallen": part}
-    if fall <= max(limits.flat * abs(train.start), train.real()):
+    if fall <= max(limits.flat * abs(train.start), train.real_fall()):
         return _finding("LR_TOO_HIGH_PLATEAU", **evidence)
-    gained, needed = train.gain(1)
+    gained, needed = train.gain()
     falls = gained > max(needed, limits.still * fall)
     if val is not None:
         evidence["val_end"] = val.end
@@ -224,10 +232,9 @@ def _level(
         alike = val is not None and val.end - train.end < limits.flat * train.start + val.real()
         if train.end > limits.high * train.start and not falls and alike:
             return _finding("UNDERFITTING", **evidence)
-    gained, needed = best.gain(sign)
-    whole = sign * (best.start - best.end)
-    if gained > max(needed, limits.still * whole):
-        return _finding("STILL_IMPROVING", last_gain=gained, whole_gain=whole)
+    gained, needed = best.gain()
+    if gained > max(needed, limits.still * best.fall):
+        return _finding("STILL_IMPROVING", last_gain=gained, whole_gain=best.fall)
     return None
 
 
@@ -239,8 +246,8 @@ def _overfitting(train: _Curve, val: _Curve, limits: Thresholds) -> Finding | No
     then = next(i for i, step in enumerate(train.steps) if step >= at or i == len(train.steps) - 1)
     if risen and train.end < train.levels[then] + train.real():
         return _finding("OVERFITTING", **evidence)
-    gained, needed = val.gain(1)
-    falls = gained > max(needed, limits.still * (val.start - val.end))
+    gained, needed = val.gain()
+    falls = gained > max(needed, limits.still * val.fall)
     gap = val.end - train.end
     if val.end > 0 and gap > max(limits.gap * val.end, val.real()) and not falls:
         return _finding("OVERFITTING", **evidence)
@@ -248,12 +255,11 @@ def _overfitting(train: _Curve, val: _Curve, limits: Thresholds) -> Finding | No
 
 
 def _oscillating(curve: _Curve, limits: Thresholds) -> Finding | None:
-    fall = curve.start - curve.end
-    scale = max(fall, abs(curve.start) / 2)  # where nothing falls, against the level
+    scale = max(curve.fall, abs(curve.start) / 2)  # where nothing falls, against the level
     swing = curve.swing()
     if swing <= limits.swing * scale:
         return None
-    return _finding("OSCILLATING", swing=swing, fall=fall)
+    return _finding("OSCILLATING", swing=swing, fall=curve.fall)
 
 
 def _decayed_too_early(
@@ -296,7 +302,7 @@ def _exploded(curve: _Curve, limits: Thresholds) -> Finding | None:
     # The end of an explosion is short. A single outlier is none.
     end = min(curve.values[-3:])
     fallen = curve.start - curve.best
-    if fallen > max(curve.real(), limits.flat * abs(curve.start)):
+    if fallen > max(curve.real_fall(), limits.flat * abs(curve.start)):
         risen, allowed = end - curve.best, limits.lost * fallen
     else:
         risen, allowed = end - curve.start, (limits.exploded - 1) * abs(curve.start)
@@ -328,7 +334,10 @@ def findings_of(
     curves = {}
     findings: list[Finding | None] = []
     for name in (train, val, accuracy):
-        pairs = [pair for pair in zip(*points(name), strict=True) if math.isfinite(pair[1])]
+        sign = -1 if name == accuracy else 1  # turned round, it should fall as losses do
+        pairs = [
+            (step, sign * y) for step, y in zip(*points(name), strict=True) if math.isfinite(y)
+        ]
         if len(pairs) >= limits.least_points:
             curves[name] = _Curve([step for step, _ in pairs], [y for _, y in pairs], limits)
         elif pairs or name == train:
@@ -339,8 +348,8 @@ def findings_of(
         failed = _exploded(first, limits)
         if failed:
             return [failed]
-        best, sign = (curves[accuracy], -1) if accuracy in curves else (second or first, 1)
-        findings.append(_level(first, second, best, sign, limits))
+        best = curves.get(accuracy) or second or first
+        findings.append(_level(first, second, best, limits))
         findings.append(_bad_init(first, limits))
         findings.append(_oscillating(first, limits))
         findings.append(_decayed_too_early(first, points(lr), limits))

@@ -13,11 +13,12 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusedopt.arguments import integer, number
+from fusedopt.arguments import integer, number, shown
 from fusedopt.diagnosis import ADVICE, Finding, Thresholds, findings_of
 from fusedopt.series import BARS, axes_for, ewma, noise, sparkline
 
@@ -44,6 +45,11 @@ def _write(path: str | Path, text: str) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_name(name: str, values: Any) -> None:
+    if name in ("step", ""):  # a file would have two columns of steps, or one without a name
+        raise ValueError(f"a metric cannot be called {name or repr(name)}: {shown(values)}")
 
 
 class History:
@@ -75,13 +81,14 @@ class History:
 
         Raises:
             TypeError: The step is not an integer, or a metric not a number.
-            ValueError: The step lies before the last one, or its row has this metric already.
+            ValueError: The step lies before the last one, or its row has this metric already; or
+                one is called ``step``, or has no name.
         """
         step = integer("step", step)
         if self._steps and step < self._steps[-1]:
             raise ValueError(f"step must not lie before the last one, {self._steps[-1]}: {step!r}")
-        if "step" in metrics:
-            raise ValueError(f"a metric cannot be called step: {metrics['step']!r}")
+        for name in metrics:
+            _check_name(name, metrics[name])
         again = bool(self._steps) and step == self._steps[-1]
         for name in metrics:
             if again and self._columns.get(name, [None])[-1] is not None:
@@ -225,8 +232,7 @@ class History:
         for name, column in columns.items():
             if not isinstance(name, str):
                 raise TypeError(f"a column's name is not a string: {name!r}")
-            if name == "step":  # as in append()
-                raise ValueError(f"a column cannot be called step: {column}")
+            _check_name(name, column)
             if not any(value is not None for value in column):
                 raise ValueError(f"{name} has no values: {column}")
             if len(column) != len(steps):
@@ -327,7 +333,7 @@ def diagnose(
 
     Args:
         history: The curves.
-        train: The training loss's column.
+        train: The training loss's column. Without it, that is said.
         val: The validation loss's. Without that column, nothing is said about validation.
         lr: The learning rate's. Without it, nothing is said about its decay.
         accuracy: A column that should rise, which tells whether training still improves things.
@@ -338,7 +344,7 @@ def diagnose(
         TypeError: ``history`` is not a :class:`History`, or ``thresholds`` no :class:`Thresholds`.
     """
     if not isinstance(history, History):
-        raise TypeError(f"history is not a History: {history!r}")
+        raise TypeError(f"history is not a History: {shown(history)}")
     limits = Thresholds() if thresholds is None else thresholds
     if not isinstance(limits, Thresholds):
         raise TypeError(f"thresholds is not a Thresholds: {thresholds!r}")
@@ -346,4 +352,9 @@ def diagnose(
     def points(name: str) -> tuple[list[int], list[float]]:
         return history.points(name) if name in history else ([], [])
 
-    return findings_of(points, train=train, val=val, lr=lr, accuracy=accuracy, limits=limits)
+    found = findings_of(points, train=train, val=val, lr=lr, accuracy=accuracy, limits=limits)
+    if len(history) and train not in history:  # logging more often would not help
+        advice = f"There is no column {train!r}, but {history.names}: say train=, and val= as well."
+        few = f"points_of_{train}"
+        found = [replace(each, advice=advice) if few in each.evidence else each for each in found]
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import below_one, count, finite_positive, number, one_of
+from fusedopt.arguments import below_one, count, finite_positive, number, one_of, shown
 from fusedopt.series import axes_for, mean, noise
 from fusedopt.trial import check_arguments, train_step, trial
 
@@ -245,7 +245,8 @@ def lr_range_test(
             stepped. The sweep is of the first group's rate; others keep their ratio to it (of
             ``initial_lr``, where a scheduler has left one).
         stateful: What the closure changes beside the optimizer's parameters: ``(model,)``, and
-            generators or other objects with ``state_dict`` and ``load_state_dict``.
+            generators or other objects with ``state_dict`` and ``load_state_dict``; so also the
+            generator that a ``DataLoader`` was given.
         scaler: A ``torch.amp.GradScaler`` to scale the loss with (default: None).
         start_lr: Positive (default: 1e-7).
         end_lr: Above start_lr (default: 10).
@@ -263,9 +264,9 @@ def lr_range_test(
     check_arguments(optimizer, stateful, scaler)
     for name, function in (("closure", closure), ("validate", validate)):
         if not callable(function) and not (name == "validate" and function is None):
-            raise TypeError(f"{name} is not callable: {function!r}")
+            raise TypeError(f"{name} is not callable: {shown(function)}")
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches is not iterable: {batches!r}")
+        raise TypeError(f"batches is not iterable: {shown(batches)}")
     finite_positive("start_lr", start_lr)
     if not start_lr < number("end_lr", end_lr) < math.inf:
         raise ValueError(f"end_lr must be finite and above start_lr={start_lr}: {end_lr!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from fusedopt.arguments import (
     optional,
     positive_ratio,
     ratio,
+    shown,
 )
 from fusedopt.curves import (
     Curve,
@@ -92,6 +93,8 @@ SCHEDULER_STATE = (
 
 
 def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict is not one of {of}: {shown(state)}")
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
@@ -99,6 +102,13 @@ def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
 
 def _rates(name: str, values: Any) -> list[float]:
     return [number(f"{name}[{i}]", value) for i, value in enumerate(items(name, values))]
+
+
+def _base_lr(index: int, group: dict[str, Any]) -> float | Tensor:
+    """The learning rate that a group's are multiples of, as the group has it."""
+    name = "initial_lr" if "initial_lr" in group else "lr"
+    number(f"param_groups[{index}][{name!r}]", group[name])
+    return group[name]  # type: ignore[no-any-return]
 
 
 def _plateau_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -224,8 +234,8 @@ class ScheduleLR(LRScheduler):
 
     Raises:
         TypeError, ValueError: When an argument is wrong; and here and in :meth:`step` when there
-            are more or fewer curves than groups, or when a curve gives nan, inf or a negative
-            factor.
+            are more or fewer curves than groups, when a curve gives nan, inf or a negative factor,
+            or when a group's ``lr`` is not a number.
     """
 
     def __init__(
@@ -237,9 +247,9 @@ class ScheduleLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer is not a torch.optim.Optimizer: {optimizer!r}")
+            raise TypeError(f"optimizer is not a torch.optim.Optimizer: {shown(optimizer)}")
         if not isinstance(plateau, Plateau | None):
-            raise TypeError(f"plateau is not a Plateau: {plateau!r}")
+            raise TypeError(f"plateau is not a Plateau: {shown(plateau)}")
         last_epoch = count("last_epoch", last_epoch, -1)
         self.schedule = (
             [as_curve(f"schedule[{i}]", curve) for i, curve in enumerate(schedule)]
@@ -250,20 +260,33 @@ class ScheduleLR(LRScheduler):
         self._cooldown: wsd | None = None
         # Before anything is changed.
         self._factors(last_epoch + 1, len(optimizer.param_groups), None, self._multiplier())
+        for i, group in enumerate(optimizer.param_groups):
+            _base_lr(i, group)
         super().__init__(optimizer, last_epoch)
 
     def step(self, metric: float | Tensor | None = None) -> None:
         """Go to the next step, and set the learning rates for it.
 
+        When it raises, nothing has changed.
+
         Args:
             metric: For the plateau, taken into account at once. Where the curve counts batches and
                 the metric comes once an epoch, call ``plateau.update(metric)`` instead.
         """
-        if metric is not None:
-            if self.plateau is None:
-                raise ValueError(f"metric={metric!r}, but the scheduler has no plateau")
-            self.plateau.update(metric)
-        super().step()
+        if metric is not None and self.plateau is None:
+            raise ValueError(f"metric={shown(metric)}, but the scheduler has no plateau")
+        before = self._step_count, self.last_epoch
+        plateau = None if metric is None else self.plateau
+        counted = {} if plateau is None else plateau.state_dict()
+        try:
+            if plateau is not None and metric is not None:
+                plateau.update(metric)
+            super().step()
+        except BaseException:  # torch counts before it asks for the rates
+            self._step_count, self.last_epoch = before
+            if plateau is not None:
+                plateau.load_state_dict(counted)
+            raise
 
     def cooldown(self, steps: int, *, shape: str = "1-sqrt", min_ratio: float = 0.0) -> None:
         """From this step on, stay with the present factor and let it fall.
@@ -298,14 +321,19 @@ class ScheduleLR(LRScheduler):
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates of this step. To read them, ``get_last_lr()`` is the way."""
         groups = self.optimizer.param_groups
-        for group in groups[len(self.base_lrs) :]:  # added since the last step
+        factors = self._factors(self.last_epoch, len(groups), self._cooldown, self._multiplier())
+        # All is computed before anything is kept, as a step that raises shall change nothing.
+        bases: list[Any] = self.base_lrs
+        added = groups[len(bases) :]
+        if added or not all(type(base) is float for base in bases):  # at first, tensors
+            more = [_base_lr(len(bases) + i, group) for i, group in enumerate(added)]
+            bases = [*_rates("base_lrs", [*bases, *more])]
+        rates = [base * factor for base, factor in zip(bases, factors, strict=True)]
+        for group in added:
             lr = group["lr"]
             group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
-            self.base_lrs.append(float(group["initial_lr"]))
-        factors = self._factors(self.last_epoch, len(groups), self._cooldown, self._multiplier())
-        bases = [float(base) for base in self.base_lrs]  # tensors at first, where lr is one
-        self.base_lrs = [*bases]
-        return [base * factor for base, factor in zip(bases, factors, strict=True)]
+        self.base_lrs = bases
+        return rates
 
     def _multiplier(self) -> float:
         return 1.0 if self.plateau is None else self.plateau.multiplier
@@ -387,7 +415,9 @@ class ScheduleLR(LRScheduler):
         self._step_count = step_count
         self.base_lrs = [*rates["base_lrs"]]
         self._last_lr = [*last_lr]
-        for group, lr in zip(groups, lrs, strict=True):
+        # SequentialLR has not come to this one: the rates are those of the one before, which may
+        # have another curve than in the checkpoint, and has written what that gives.
+        for group, lr in zip(groups, lrs, strict=True) if last_epoch >= 0 else ():
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:

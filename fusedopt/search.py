@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fusedopt.arguments import count, finite_positive, number, optional, positive
+from fusedopt.arguments import (
+    count,
+    finite_positive,
+    integer,
+    items,
+    number,
+    optional,
+    positive,
+    shown,
+)
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
 
 _ASKED, _OVER, _INTERRUPTED = "asked", "over", "interrupted"
@@ -81,12 +92,15 @@ class SearchResult:
         value: Their value.
         spaces: What each stage searched.
         trials: All that was tried, in order.
+        stage: The stage that ``params`` and ``value`` are of, from 0 on. The last one, unless
+            none of its trials was completed, of which a warning tells.
     """
 
     params: dict[str, Any]
     value: float
     spaces: list[dict[str, BaseDistribution]]
     trials: list[Record]
+    stage: int = 0
 
 
 class Trial:
@@ -99,7 +113,7 @@ class Trial:
     """
 
     def __init__(self, trial: optuna.Trial, stage: int, budget: float) -> None:
-        self.params: dict[str, Any] = trial.params
+        self.params = _params(trial)
         self.budget = budget
         self.stage = stage
         self._trial = trial
@@ -126,7 +140,7 @@ def coarse_to_fine(
     seed: int = 0,
     sampler: Callable[[int], BaseSampler] | None = None,
     pruner: BasePruner | None = None,
-    storage: str | None = None,
+    storage: str | BaseStorage | None = None,
     name: str = "search",
 ) -> SearchResult:
     """Search a space coarsely, then ever finer around the best.
@@ -135,22 +149,28 @@ def coarse_to_fine(
     the search goes on. An interrupt (Ctrl-C) ends it; what was tried is in the storage, if there is
     one, and a second call with the same arguments goes on from there.
 
+    When a stage after the first completes no trial, a warning tells, with the last error, and what
+    the stages before have found stands: it is worth too much to be lost by an error.
+
     Args:
         objective: Trains with ``trial.params`` for ``trial.budget`` and returns what is to be
             minimized or maximized; may call ``trial.report`` in between.
         space: Optuna's distributions by name, for example
             ``{"lr": FloatDistribution(1e-5, 1e-1, log=True)}``.
-        stages: At least one.
-        direction: "minimize" or "maximize".
-        seed: Of the sampler.
-        sampler: Makes Optuna's sampler for a seed (default: ``optuna.samplers.TPESampler``).
+        stages: At least one (default: 20 trials of a budget of 2, then 8 of 20).
+        direction: "minimize" (default) or "maximize".
+        seed: Of the sampler (default: 0).
+        sampler: Makes Optuna's sampler for a seed, as ``lambda seed:
+            optuna.samplers.TPESampler(seed=seed)`` does, which is the default.
         pruner: Optuna's (default: ``optuna.pruners.MedianPruner()``, which compares what is
             reported).
-        storage: Where trials are kept, such as ``"sqlite:///search.db"`` (default: in memory).
+        storage: Where trials are kept, such as ``"sqlite:///search.db"``, or a storage of Optuna's
+            (default: in memory).
         name: Of the studies in the storage, to which the stage's number is added.
 
     Raises:
-        TypeError: Something in the space is no distribution, a stage no :class:`Stage`.
+        TypeError: An argument is of another type: something in the space is no distribution, a
+            stage no :class:`Stage`.
         ValueError: There is nothing to search, no stage, or no such direction; or the storage has
             another search of that name.
         RuntimeError: No trial of the first stage could be completed; the message has the errors.
@@ -161,7 +181,10 @@ def coarse_to_fine(
     except ImportError as error:
         raise ImportError("coarse_to_fine needs optuna: pip install optuna") from error
     if not callable(objective):
-        raise TypeError(f"objective is no function: {objective!r}")
+        raise TypeError(f"objective is no function: {shown(objective)}")
+    if not isinstance(space, Mapping):
+        raise TypeError(f"space is not a mapping of names to distributions: {space!r}")
+    stages = items("stages", stages)
     if not space or not stages:
         raise ValueError(f"there is nothing to search: {'stages' if space else 'space'} is empty")
     for key, distribution in space.items():
@@ -172,6 +195,18 @@ def coarse_to_fine(
             raise TypeError(f"stages[{place}] is no Stage: {stage!r}")
     if direction not in ("minimize", "maximize"):
         raise ValueError(f"direction must be 'minimize' or 'maximize': {direction!r}")
+    integer("seed", seed)
+    if sampler is not None and not callable(sampler):
+        raise TypeError(
+            "sampler is not a function that makes a sampler for a seed, such as lambda seed: "
+            f"optuna.samplers.TPESampler(seed=seed): {sampler!r}"
+        )
+    if not isinstance(pruner, optuna.pruners.BasePruner | None):
+        raise TypeError(f"pruner is no pruner of Optuna's: {pruner!r}")
+    if not isinstance(storage, str | optuna.storages.BaseStorage | None):
+        raise TypeError(f"storage is no address, such as 'sqlite:///search.db': {storage!r}")
+    if not isinstance(name, str):
+        raise TypeError(f"name is not a string: {name!r}")
     new_sampler = sampler or (lambda seed: optuna.samplers.TPESampler(seed=seed))
     # What a storage's studies must have been made for.
     asked = {
@@ -194,16 +229,27 @@ def coarse_to_fine(
             _check_same(study, asked, name)
             # Neither another stage nor a second call draws the same numbers again.
             study.sampler = new_sampler(seed + len(result.trials) + len(study.trials))
+            if not isinstance(study.sampler, optuna.samplers.BaseSampler):
+                raise TypeError(f"sampler has made no sampler of Optuna's: {study.sampler!r}")
             result.spaces.append(spaces)
-            if place and all(trial.params != result.params for trial in _done(study)):
+            if place and all(_params(trial) != result.params for trial in _done(study)):
                 study.enqueue_trial(result.params)  # the centre, with the longer budget
             _run(study, stage, place, spaces, objective)
-            result.trials += [_record(trial, place) for trial in study.trials]
+            records = [_record(trial, place) for trial in study.trials]
+            result.trials += records
             if study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-                result.params, result.value = dict(study.best_params), study.best_value
+                result.params, result.value = _params(study.best_trial), study.best_value
+                result.stage = place
             elif place == 0:
-                errors = dict.fromkeys(found.error or found.outcome for found in result.trials)
+                errors = dict.fromkeys(found.error or found.outcome for found in records)
                 raise RuntimeError(f"no trial was completed: {'; '.join(errors)}")
+            else:
+                ends = [found.error or found.outcome for found in records] or ["none was begun"]
+                warnings.warn(
+                    f"no trial of stages[{place}] was completed (the last: {ends[-1]}); params "
+                    f"and value are those of stages[{result.stage}], with its budget",
+                    stacklevel=2,
+                )
             if place + 1 < len(stages):
                 spaces = _around(study, result.params, spaces, space, stages[place + 1].shrink)
     return result
@@ -280,7 +326,7 @@ def _record(trial: optuna.trial.FrozenTrial, stage: int) -> Record:
     outcome = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
     return Record(
         stage,
-        dict(trial.params),
+        _params(trial),
         trial.value if outcome == "complete" else None,
         outcome,
         trial.user_attrs.get("error"),
@@ -330,11 +376,24 @@ def _narrowed(best: float, old: Any, whole: Any, shrink: float) -> tuple[float, 
         low, high = best - half, best + half
     low, high = max(low, whole.low), min(high, whole.high)
     if old.step is not None:
-        # Twelve digits, because 0.4 + 3 * 0.1 ought to be 0.7, and quotients whole numbers.
         low = whole.low + old.step * math.floor((low - whole.low) / old.step + 1e-9)
         high = low + old.step * math.floor((high - low) / old.step + 1e-9)
-        low, high = (float(f"{end:.12g}") for end in (low, high))
+        low, high = _rounded(low), _rounded(high)
     return low, high
+
+
+def _rounded(value: float) -> float:
+    """To twelve digits, because 0.4 + 3 * 0.1 ought to be 0.7, and quotients whole numbers."""
+    return float(f"{value:.12g}")
+
+
+def _params(trial: optuna.Trial | optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """What is tried; on a grid, rounded: 0.6000000000000001 would lie beyond a range up to 0.6."""
+    steps = {name: getattr(each, "step", None) for name, each in trial.distributions.items()}
+    return {
+        name: _rounded(value) if isinstance(steps[name], float) else value
+        for name, value in trial.params.items()
+    }
 
 
 def _choices_by_value(study: optuna.Study) -> dict[str, list[Any]]:

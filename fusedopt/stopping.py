@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fusedopt.arguments import count, flag, not_negative, number, one_of
+from fusedopt.arguments import count, flag, not_negative, number, one_of, shown
 from fusedopt.best_weights import BestWeights, Stateful, not_a_state
 
 __all__ = ["BestWeights", "EarlyStopping", "Progress", "Stateful", "StopReason"]
@@ -216,7 +216,7 @@ class EarlyStopping:
                     f"divergence_threshold={limits[name]}"
                 )
         if not isinstance(best, BestWeights | None):
-            raise TypeError(f"best is not a BestWeights: {best!r}")
+            raise TypeError(f"best is not a BestWeights: {shown(best)}")
         self._best = best
         if process_group is not None and (
             not dist.is_available() or not isinstance(process_group, dist.ProcessGroup)
@@ -255,7 +255,7 @@ class EarlyStopping:
     def _read(self, metrics: float | Tensor | Mapping[str, Any]) -> list[float]:
         if not isinstance(metrics, Mapping):
             if len(self._rules) > 1:
-                raise TypeError(f"metrics is no mapping with {list(self._rules)}: {metrics!r}")
+                raise TypeError(f"metrics is no mapping with {list(self._rules)}: {shown(metrics)}")
             return [_metric(name, metrics) for name in self._rules]
         for name in self._rules:
             if name not in metrics:
@@ -399,7 +399,9 @@ def _modes(monitor: Any, mode: Any) -> dict[str, str]:
     if isinstance(monitor, str):
         return {monitor: check("mode", "min" if mode is None else mode)}
     if not isinstance(monitor, Mapping):
-        raise TypeError(f"monitor is neither a name nor a mapping of names to modes: {monitor!r}")
+        raise TypeError(
+            f"monitor is neither a name nor a mapping of names to modes: {shown(monitor)}"
+        )
     if not monitor:
         raise ValueError(f"monitor has no metric: {monitor!r}")
     if mode is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.arguments import shown
 from fusedopt.optimizer import FusedOptimizer
 
 
@@ -151,7 +152,7 @@ def check_arguments(
 ) -> None:
     """What :func:`trial` refuses, told before anything is looked at more closely."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is not a torch.optim.Optimizer: {optimizer!r}")
+        raise TypeError(f"optimizer is not a torch.optim.Optimizer: {shown(optimizer)}")
     if not isinstance(stateful, (tuple, list)):
         raise TypeError(
             f"stateful is not a tuple or list, as (model,) would be: {type(stateful).__name__}"
@@ -166,7 +167,7 @@ def check_arguments(
                 f"torch.Generator: {type(value).__name__}"
             )
     if scaler is not None and not all(hasattr(scaler, n) for n in ("scale", "step", "update")):
-        raise TypeError(f"scaler is not a GradScaler: {scaler!r}")
+        raise TypeError(f"scaler is not a GradScaler: {shown(scaler)}")
     states = optimizer.state.values()
     if any(isinstance(state, dict) and int(state.get("grad_count", 0)) for state in states):
         raise RuntimeError(
@@ -245,7 +246,9 @@ def train_step(
     for batch in batches:
         loss = closure(batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"closure(batch) must return a loss, a tensor of one number: {loss!r}")
+            raise TypeError(
+                f"closure(batch) must return a loss, a tensor of one number: {shown(loss)}"
+            )
         if not loss.requires_grad:
             raise ValueError("closure(batch) must return a loss that backward() can start from")
         value = float(loss.detach())

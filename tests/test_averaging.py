@@ -547,6 +547,23 @@ def test_loading_copies_and_checks() -> None:
     assert ema.n_averaged == 0
 
 
+def test_an_average_of_another_kind() -> None:
+    """To know it takes what torch's layout has no place for: without the metadata either loads."""
+    model = make_model()
+    for one, other in (
+        (EMA(model), SWA(model, start=0)),
+        (SWA(model, start=0), EMA(model)),
+    ):
+        one.update(model)
+        state, before = through_a_file(one.state_dict()), other.state_dict()
+        with pytest.raises(ValueError, match=r"average of the kind (EMA|SWA), not (SWA|EMA)$"):
+            other.load_state_dict(state)
+        assert_equal(other.state_dict(), before)
+        assert other.n_averaged == 0
+        other.load_state_dict(dict(state))
+        assert other.n_averaged == 1
+
+
 # --- The average within the step ------------------------------------------------------------------
 
 

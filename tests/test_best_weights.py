@@ -21,6 +21,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import fusedopt
+from fusedopt.averaging import EMA
 from fusedopt.cases import Case
 from fusedopt.stopping import BestWeights, EarlyStopping
 
@@ -282,8 +283,50 @@ def test_nothing_saved() -> None:
         best.restore()
     with pytest.raises(RuntimeError, match="nothing to restore"), best:
         pass
+    for value, options in ((float("nan"), {}), (5.0, {"start_from": 9})):
+        stopper = EarlyStopping(best=best, **options)
+        with (
+            pytest.raises(RuntimeError, match=r"was nan, .*divergence_threshold.*start_from"),
+            best,
+        ):
+            stopper.step(value)
     with pytest.raises(ZeroDivisionError), best:
         raise ZeroDivisionError
+
+
+@every_storage
+def test_averaged_weights_are_not_kept_as_the_models(
+    storage: str, place: Callable[[str], Any]
+) -> None:
+    """With the optimizer or the average among the objects, it is known who has which."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.1, ema_decay=0.9)
+    ema = EMA(model, decay=0.9)
+    swaps: dict[str, Any] = {
+        "optimizer": (optimizer, optimizer.swap_ema),
+        "ema": (ema, lambda: ema.swap(model)),
+    }
+    for name, (item, swap) in swaps.items():
+        best = BestWeights({"model": model, name: item}, storage=place(storage))
+        train(model, optimizer, 3)
+        ema.update(model)
+        best.save(0)
+        kept = contents(model, item)
+        train(model, optimizer, 3)
+        ema.update(model)
+        now = contents(model, item)
+        stopper = EarlyStopping(best=best)
+        told = rf"no (save|restore)\(\) within swap_ema\(\) or swap\(\) of '{name}'"
+        with swap():
+            with pytest.raises(RuntimeError, match=told):
+                stopper.step(1.0)
+            with pytest.raises(RuntimeError, match=told):
+                best.restore()
+        assert stopper.best_value is None
+        assert same(contents(model, item), now)
+        assert best.restore() == 0
+        assert same(contents(model, item), kept)
 
 
 def test_the_baseline_is_not_met() -> None:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from helpers import table
+from torch import nn
 
+import fusedopt
 from fusedopt.history import ADVICE, Finding, History, Thresholds, diagnose
 
 ROWS = 200
@@ -89,6 +92,11 @@ def exploding(x: float) -> float:
     return fall(2.3, 0.3, 0.1)(x) + math.exp(60 * (x - 0.97))
 
 
+def thrown_up(after: Shape) -> Shape:
+    """Far up from the second row on, and soon back."""
+    return lambda x: after(x) + (100 * math.exp(-x / 0.01) if x else 0.0)
+
+
 HEALTHY: dict[str, dict[str, Any]] = {
     "exponential": {"train": fall(2.3, 0.3, 0.12)},
     "with validation": {"train": fall(2.3, 0.3, 0.12), "val": fall(2.3, 0.4, 0.12)},
@@ -103,6 +111,8 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "negative loss": {"train": fall(-1.0, -9.0, 0.1), "val": fall(-1.0, -8.5, 0.1)},
     "long": {"train": fall(10.8, 3.0, 0.1), "val": fall(10.8, 3.1, 0.1), "rows": 2000},
     "short": {"train": fall(2.3, 0.3, 0.12), "rows": 12, "spread": 0.01},
+    "thrown up, then learning": {"train": thrown_up(fall(2.3, 0.3, 0.12))},
+    "from far up": {"train": lambda x: 2.3 + 100 * math.exp(-x / 0.05)},
 }
 
 SICK: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -110,6 +120,17 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "never falls": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3}, "fallen"),
     "hardly falls": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3 - 0.05 * x}, "fallen"),
     "flat without noise": ("LR_TOO_HIGH_PLATEAU", {"train": lambda x: 2.3, "spread": 0.0}, "end"),
+    "thrown up, then flat": ("LR_TOO_HIGH_PLATEAU", {"train": thrown_up(lambda x: 2.3)}, "fallen"),
+    "thrown up a little": (
+        "LR_TOO_HIGH_PLATEAU",
+        {"train": lambda x: 2.3 + (2 if 0 < x < 0.02 else 0)},
+        "fallen",
+    ),
+    "thrown up for good": (
+        "DIVERGED",
+        {"train": lambda x: 1000 + 4e5 * math.exp(-x / 0.1) if x else 2.3},
+        "end",
+    ),
     "dropped early": (
         "DECAYED_TOO_EARLY",
         {"train": early_drop, "lr": dropped(0.2)},
@@ -185,6 +206,39 @@ def test_a_sick_curve_has_its_finding_and_no_other(row: Any, seed: int) -> None:
     assert f"{code} ({finding.severity}): " in str(finding)
 
 
+def trained(lr: float, seed: int) -> History:
+    """A small classifier's first 200 steps."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model = nn.Sequential(*layers)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=lr)
+    x = torch.randn(1024, 20)
+    y = (x @ torch.randn(20, 10)).argmax(1)
+    history = History()
+    for step in range(200):
+        pick = torch.randint(0, 1024, (32,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[pick]), y[pick])
+        loss.backward()
+        optimizer.step()
+        history.append(step, train_loss=loss.detach(), lr=lr)
+    return history
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lr", [0.3, 1.0, 10.0])
+def test_a_rate_that_is_far_too_high(lr: float, seed: int) -> None:
+    """The first steps throw the loss up by orders of magnitude, from which it falls to ln 10."""
+    history = trained(lr, seed)
+    assert max(history["train_loss"][:20]) > 10 * history["train_loss"][-1]
+    assert codes(diagnose(history))[0] == "LR_TOO_HIGH_PLATEAU"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_rate_that_is_right(seed: int) -> None:
+    assert diagnose(trained(5e-3, seed)) == []
+
+
 def test_too_few_validations_are_told() -> None:
     history = curves(0, fall(2.3, 0.3, 0.12), fall(2.3, 0.4, 0.12), rows=40)
     (finding,) = diagnose(history)
@@ -222,6 +276,17 @@ def test_other_names_and_order() -> None:
         history.append(step, t=late(step / 100), v=0.1 * step, a=step, train_loss=math.nan)
     found = codes(diagnose(history, train="t", val="v", accuracy="a"))
     assert found == ["BAD_INIT", "OVERFITTING", "STILL_IMPROVING"]
+
+
+def test_a_column_of_another_name() -> None:
+    history = History()
+    for step in range(100):
+        history.append(step, loss=2.3, val=math.nan)
+    (finding,) = diagnose(history)
+    assert finding.code == "INSUFFICIENT_DATA"
+    assert finding.advice.startswith("There is no column 'train_loss', but ['loss', 'val']:")
+    assert codes(diagnose(history, train="loss")) == ["LR_TOO_HIGH_PLATEAU"]
+    assert codes(diagnose(history, train="loss", val="val")) == ["DIVERGED"]
 
 
 def test_thresholds_are_used() -> None:

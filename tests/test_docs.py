@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fusedopt import schedule
 from fusedopt.options import ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,3 +87,20 @@ def test_messages_are_the_librarys_own() -> None:
     for message in messages:
         for part in message.split("…"):
             assert part.strip() in code, part
+
+
+def test_the_signatures_of_schedules() -> None:
+    """Those in the tables, with what is to be given by keyword. All of the module's are there."""
+    page = (DOCS / "training" / "schedules.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^\| `(\w+)(\(.*?\))` \|", page, re.MULTILINE))
+    classes = {name for name in schedule.__all__ if isinstance(getattr(schedule, name), type)}
+    assert classes - found.keys() == {"ScheduleLR", "Plateau"}
+    for name in classes & found.keys():
+        signature = inspect.signature(getattr(schedule, name))
+        parameters = [
+            each.replace(annotation=each.empty)
+            for each in signature.parameters.values()
+            if each.name not in ("plateau", "last_epoch")  # of which the page speaks once
+        ]
+        bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+        assert found[name] == str(bare).replace("'", '"')

@@ -60,6 +60,7 @@ def test_tensors_become_numbers() -> None:
         "bool step": ((True,), {"a": 1.0}, TypeError, "step is not an integer: True"),
         "twice": ((5,), {"b": 1.0, "a": 2.0}, ValueError, "step 5 has a a already: 2.0"),
         "called step": ((6,), {"step": 1.0}, ValueError, "cannot be called step: 1.0"),
+        "without a name": ((6,), {"": 1.0}, ValueError, "cannot be called '': 1.0"),
         "text": ((6,), {"b": 1.0, "a": "x"}, TypeError, "a is not a number: 'x'"),
         "None": ((6,), {"a": None}, TypeError, "a is not a number: None"),
         "vector": ((6,), {"a": torch.ones(2, device="cpu")}, TypeError, "a is not a number"),

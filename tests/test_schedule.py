@@ -285,6 +285,9 @@ def test_foreign_states_are_refused() -> None:
         scheduler.load_state_dict(stock.StepLR(optimizer_of(0.1), 3).state_dict())
     with pytest.raises(ValueError, match="has 2 parameter groups, the optimizer 1"):
         scheduler.load_state_dict(ScheduleLR(optimizer_of(1.0, 2.0), linear(10)).state_dict())
+    for wrong in (None, [1]):
+        with pytest.raises(TypeError, match=r"state_dict is not one of a ScheduleLR: (None|.1.)"):
+            scheduler.load_state_dict(wrong)
     assert scheduler.state_dict() == before
     with pytest.raises(ValueError, match="not one of a Plateau: it has no multiplier"):
         Plateau().load_state_dict({"best": 1.0, "num_bad": 0, "cooldown_left": 0})
@@ -412,6 +415,23 @@ def test_another_configuration_of_one_that_is_not_reached_yet() -> None:
     assert lrs_of(again.optimizer) == [1.0]
     stepped(again.optimizer)
     assert run(again, 9) == [1.0] * 8 + [0.95]
+
+
+def test_one_that_is_not_reached_yet_writes_no_rates() -> None:
+    """The one in charge, whose curve has changed, has written them."""
+
+    def make(total: int) -> Any:
+        optimizer = optimizer_of(1.0)
+        parts = [ScheduleLR(optimizer, linear(total)), ScheduleLR(optimizer, constant())]
+        return stock.SequentialLR(optimizer, parts, milestones=[10])
+
+    first, again = make(10), make(20)
+    run(first, 5)
+    with pytest.warns(UserWarning, match="total=20.* replaces .*total=10"):
+        again.load_state_dict(saved(first))
+    assert lrs_of(again.optimizer) == again._schedulers[0].get_last_lr() == [0.75]
+    stepped(again.optimizer)
+    assert run(again, 6) == [0.75, 0.7, 0.65, 0.6, 0.55, 1.0]
 
 
 def test_is_a_torch_scheduler() -> None:
@@ -635,6 +655,15 @@ def test_plateau_resumes_at_every_step() -> None:
 # --- wrong input ----------------------------------------------------------------------------------
 
 opt = optimizer_of
+
+
+def without_rate() -> torch.optim.Optimizer:
+    """As left by a range test's suggestion that was None."""
+    optimizer = optimizer_of()
+    optimizer.param_groups[0]["lr"] = None
+    return optimizer
+
+
 WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Plateau(0), ValueError, "factor must be above 0: 0"),
     (lambda: Plateau(1), ValueError, "factor must be below 1: 1"),
@@ -648,6 +677,17 @@ WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Plateau(min_ratio=2), ValueError, "min_ratio must be between 0 and 1: 2"),
     (lambda: Plateau().update("good"), TypeError, "metric is not a number: 'good'"),
     (lambda: ScheduleLR(None, linear(5)), TypeError, "not a torch.optim.Optimizer: None"),
+    (
+        lambda: ScheduleLR(torch.nn.Sequential(torch.nn.ReLU()), linear(5)),
+        TypeError,
+        r"not a torch.optim.Optimizer: Sequential\(…$",  # not the whole model
+    ),
+    (lambda: ScheduleLR(opt(), linear(5), plateau=Plateau()).step(torch.ones(99)), TypeError, "…$"),
+    (
+        lambda: ScheduleLR(without_rate(), linear(5)),
+        TypeError,
+        r"param_groups\[0\]\['lr'\] is not a number: None",
+    ),
     (lambda: ScheduleLR(opt(), 5), TypeError, "schedule is not a curve, .*: 5"),
     (lambda: ScheduleLR(opt(), cosine), TypeError, "schedule is not a curve"),
     (lambda: ScheduleLR(opt(), [linear(5), 5]), TypeError, r"schedule\[1\] is not a curve"),
@@ -712,6 +752,46 @@ def test_a_curve_that_goes_wrong(bad: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="at t=3"):
         scheduler.step()
     assert lrs_of(scheduler.optimizer) == [0.05]
+
+
+@pytest.mark.parametrize("lrs", [(0.1,), (torch.tensor(0.1), 0.2)])
+@table(
+    "wrong",
+    {
+        "nan": (lambda s: s.schedule.__setitem__(0, lambda t: NAN), ValueError, "at t=4 must be"),
+        "own error": (
+            lambda s: s.schedule.__setitem__(0, lambda t: 1 / 0),
+            ZeroDivisionError,
+            "division",
+        ),
+        "curves": (lambda s: s.schedule.extend([constant()] * 2), ValueError, "has 3 curves for"),
+        "base": (lambda s: s.base_lrs.__setitem__(0, None), TypeError, r"base_lrs\[0\] is not a "),
+        "group": (
+            lambda s: s.optimizer.add_param_group({"params": [Parameter(torch.ones(1))], "lr": ""}),
+            TypeError,
+            r"param_groups\[\d\]\['lr'\] is not a number: ''",
+        ),
+    },
+)
+def test_a_step_that_raises_changes_nothing(lrs: tuple[Any, ...], wrong: Any) -> None:
+    break_it, error, message = wrong
+    scheduler = ScheduleLR(optimizer_of(*lrs), linear(20), plateau=Plateau(0.5, 0))
+    assert scheduler.plateau is not None
+    for _ in range(3):
+        scheduler.step(1.0)
+    break_it(scheduler)
+
+    def all_of_it() -> Any:
+        of = (vars(scheduler), vars(scheduler.plateau), scheduler.optimizer.param_groups)
+        return repr(
+            [{k: v for k, v in each.items() if k != "params"} for each in [*of[:2], *of[2]]]
+        )
+
+    before = all_of_it()
+    for metric in (None, 1.0, 0.1):
+        with pytest.raises(error, match=message):
+            scheduler.step(metric)
+        assert all_of_it() == before
 
 
 def test_nothing_is_changed_by_a_wrong_schedule() -> None:

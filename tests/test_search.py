@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers import table
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from fusedopt.search import Stage, Trial, coarse_to_fine
@@ -106,9 +107,25 @@ def test_a_later_stage_that_fails_leaves_the_best_before() -> None:
         return trial.params["decay"]
 
     stages = [Stage(trials=3, budget=1), Stage(trials=2, budget=1)]
-    result = coarse_to_fine(objective, SPACE, stages=stages)
+    told = (
+        r"stages\[1\] was completed \(the last: RuntimeError: diverged\); .* of stages\[0\], with"
+    )
+    with pytest.warns(UserWarning, match=told):
+        result = coarse_to_fine(objective, SPACE, stages=stages)
     assert result.value == min(r.value for r in result.trials if r.outcome == "complete")
-    assert len(result.trials) == 5
+    assert (result.stage, len(result.trials)) == (0, 5)
+
+
+def test_a_stage_in_between_that_fails() -> None:
+    def objective(trial: Trial) -> float:
+        if trial.stage == 1:
+            raise optuna.TrialPruned
+        return trial.params["decay"]
+
+    with pytest.warns(UserWarning, match=r"stages\[1\] was completed \(the last: pruned\)"):
+        result = coarse_to_fine(objective, SPACE, stages=[Stage(2, 1)] * 3)
+    assert result.stage == 2
+    assert result.value == min(r.value for r in result.trials if r.stage == 2)
 
 
 def test_nothing_completed() -> None:
@@ -220,6 +237,19 @@ def test_a_grid() -> None:
     assert result.value == 1
 
 
+def test_the_centre_is_on_the_grid() -> None:
+    """Optuna has 0.1 * 6 = 0.6000000000000001, and warns that this is beyond a range up to 0.6."""
+    space = {"rounded": SPACE["rounded"]}
+    for place in range(11):
+
+        def objective(trial: Trial, goal: float = place / 10) -> float:
+            return abs(trial.params["rounded"] - goal)
+
+        result = coarse_to_fine(objective, space, stages=[Stage(30, 1), Stage(2, 1, shrink=0.1)])
+        assert result.params == {"rounded": place / 10}
+        assert result.value == 0
+
+
 def test_a_stage_has_its_time() -> None:
     result = coarse_to_fine(distance, SPACE, stages=[Stage(trials=10**6, budget=1, seconds=0.3)])
     assert 0 < len(result.trials) < 10**6
@@ -256,19 +286,43 @@ def test_wrong_stages(wrong: dict[str, Any], sentence: str) -> None:
         Stage(**{"trials": 1, "budget": 1, **wrong})
 
 
-def test_wrong_searches() -> None:
-    with pytest.raises(TypeError, match=r"stages\[0\] is no Stage: 5"):
-        coarse_to_fine(distance, SPACE, stages=[5])
-    with pytest.raises(TypeError, match="objective is no function: None"):
-        coarse_to_fine(None, SPACE)
-    with pytest.raises(TypeError, match=r"space\['lr'\] is no distribution of Optuna's: 0.1"):
-        coarse_to_fine(distance, {"lr": 0.1})
-    with pytest.raises(ValueError, match="space is empty"):
-        coarse_to_fine(distance, {})
-    with pytest.raises(ValueError, match="stages is empty"):
-        coarse_to_fine(distance, SPACE, stages=[])
-    with pytest.raises(ValueError, match="direction must be 'minimize' or 'maximize': 'up'"):
-        coarse_to_fine(distance, SPACE, direction="up")
+@table(
+    "wrong",
+    {
+        "objective": ({"objective": None}, TypeError, "objective is no function: None"),
+        "space": ({"space": [1]}, TypeError, r"space is not a mapping of names .*: \[1\]"),
+        "empty": ({"space": {}}, ValueError, "space is empty"),
+        "number": ({"space": {"lr": 0.1}}, TypeError, r"space\['lr'\] is no distribution .*: 0.1"),
+        "one": ({"stages": Stage(2, 1)}, TypeError, r"stages is not a sequence: Stage\("),
+        "none": ({"stages": []}, ValueError, "stages is empty"),
+        "no stage": ({"stages": [5]}, TypeError, r"stages\[0\] is no Stage: 5"),
+        "up": ({"direction": "up"}, ValueError, "must be 'minimize' or 'maximize': 'up'"),
+        "seed": ({"seed": "a"}, TypeError, "seed is not an integer: 'a'"),
+        "made": (
+            {"sampler": optuna.samplers.RandomSampler()},
+            TypeError,
+            r"sampler is not a function .* lambda seed: .*: <optuna.*RandomSampler",
+        ),
+        "makes": ({"sampler": lambda seed: seed}, TypeError, "made no sampler of Optuna's: 0"),
+        "pruner": ({"pruner": 3}, TypeError, "pruner is no pruner of Optuna's: 3"),
+        "storage": ({"storage": 5}, TypeError, "storage is no address, such as 'sqlite:.*: 5"),
+        "name": ({"name": 5}, TypeError, "name is not a string: 5"),
+    },
+)
+def test_wrong_searches(wrong: Any) -> None:
+    change, error, message = wrong
+    tried: list[Trial] = []
+    arguments = {"objective": tried.append, "space": SPACE, **change}
+    with pytest.raises(error, match=message):
+        coarse_to_fine(**arguments)
+    assert not tried
+
+
+def test_a_storage_of_optunas() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    for _ in range(2):
+        result = coarse_to_fine(distance, SPACE, stages=iter([Stage(2, 1)]), storage=storage)
+        assert len(result.trials) == 2
 
 
 def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
