@@ -252,6 +252,10 @@ Fit fit(int device, uint32_t buffer_bytes) {
   most -= int(attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
         "more shared memory for a kernel");
+  // All kernels alike, since a multiprocessor has to stand still to divide its memory anew.
+  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "the share of shared memory for a kernel");
   const uint32_t ahead = kBytesAhead / std::max<uint32_t>(buffer_bytes, 1);
   Fit fit = {std::min(1 + std::max(int(ahead), 1), kMaxDepth)};
   const auto bytes = [&] { return size_t(kBlockWarps) * fit.depth * buffer_bytes; };

@@ -107,7 +107,7 @@ class LaneSpan {
   FUSEDOPT_HD LaneSpan(unsigned char* buffer, int lane, int64_t begin, int64_t numel)
       : buffer_(buffer), lane_(lane), begin_(begin), numel_(numel) {
     const int64_t left = numel - begin;
-    left_ = left < kTiles * kBlock ? int(left) : int(kTiles * kBlock);
+    left_ = left < kSpanRows * kRow ? int(left) : kSpanRows * kRow;
   }
 
   // Begins to copy an operand's elements from `data`, which is the operand's, or the gradient's.
@@ -154,10 +154,12 @@ class LaneSpan {
   }
 
  private:
-  static constexpr int kTiles = kSpanTiles<T>;
+  static constexpr int kSpanRows = kSpanTiles<T> * kRows;
 
   // The lane's first element.
   FUSEDOPT_HD int64_t first() const { return begin_ + lane_ * kQuad; }
+
+  FUSEDOPT_HD bool full() const { return left_ == kSpanRows * kRow; }
 
   // Whether the tensor reaches so far, and whether that row's tile has any elements.
   FUSEDOPT_HD bool whole(int row) const { return row * kRow + lane_ * kQuad + kQuad <= left_; }
@@ -193,22 +195,29 @@ class LaneSpan {
   FUSEDOPT_HD void each_piece(unsigned char* to, const unsigned char* from, F&& copy) const {
     constexpr int kBytes = kQuad * kSize < kLargestPiece ? kQuad * kSize : kLargestPiece;
     using P = Piece<kBytes>;
-    FUSEDOPT_UNROLL
-    for (int row = 0; row < kTiles * kRows; ++row) {
-      if (!whole(row)) continue;
+    const auto copy_row = [&](int row) {
       FUSEDOPT_UNROLL
-      for (int i = row * kRow * kSize; i < (row * kRow + kQuad) * kSize; i += kBytes) {
-        copy(reinterpret_cast<P*>(to + i), reinterpret_cast<const P*>(from + i));
+      for (int i = 0; i < kQuad * kSize; i += kBytes) {
+        const int at = row * kRow * kSize + i;
+        copy(reinterpret_cast<P*>(to + at), reinterpret_cast<const P*>(from + at));
       }
+    };
+    if (full()) {
+      FUSEDOPT_UNROLL
+      for (int row = 0; row < kSpanRows; ++row) copy_row(row);
+    } else {
+      FUSEDOPT_KEEP_LOOP
+      for (int row = 0; row < kSpanRows && whole(row); ++row) copy_row(row);
     }
   }
 
   // Calls copy(in the buffer, first element) for the other rows, or all, of the tiles begun.
   template <class F>
   FUSEDOPT_HD void each_rest(const DeviceOperand& operand, bool pieces, F&& copy) const {
-    FUSEDOPT_UNROLL
-    for (int row = 0; row < kTiles * kRows; ++row) {
-      if (!begun(row) || (pieces && whole(row))) continue;
+    if (pieces && full()) return;
+    FUSEDOPT_KEEP_LOOP
+    for (int row = 0; row < kSpanRows && begun(row); ++row) {
+      if (pieces && whole(row)) continue;
       copy(place(operand) + row * kRow * operand.buffered_size, first() + row * kRow);
     }
   }

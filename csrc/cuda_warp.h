@@ -352,6 +352,7 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
                                          int64_t begin, unsigned char* buffer) {
   constexpr int64_t n = Lane::kElements;
   const bool draws = draws_for_states<Rule>(task);
+  const bool ends = begin + kBlock > task.numel;
   warp.each([&](int number, LaneTile<T>& tile) {
     const Lane lane(buffer, i, number, begin, task.numel);
     // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
@@ -373,7 +374,7 @@ FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const Til
       }
       // The lanes' spare elements may have become anything.
       FUSEDOPT_VECTORIZE
-      for (int i = 0; i < n; ++i) {
+      for (int i = 0; ends && i < n; ++i) {
         if (!lane.has(i)) tile.states[k][i] = 0;
       }
       tile.largest[k] = largest_magnitude(tile.states[k], n);
