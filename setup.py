@@ -229,7 +229,7 @@ class BuildExt(build_ext):
             command = [nvcc, *cuda_flags(cuda_archs(nvcc)), *host, "--threads=0"]
             lines += [
                 f"rule cuda\n  command = {ninja_quote(command)} -MMD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d\n  deps = gcc\n  description = compile $in (takes minutes)",
+                "  depfile = $out.d\n  deps = gcc\n  description = compile $in (takes a while)",
             ]
 
         def path(p: Path) -> str:
