@@ -13,7 +13,7 @@ namespace fusedopt::FUSEDOPT_ISA {
 
 // As torch.clamp(g, -limit, limit): nan stays nan.
 template <class T>
-FUSEDOPT_HD inline T clamp(T g, T limit) {
+FUSEDOPT_ELEMENT inline T clamp(T g, T limit) {
   g = g > limit ? limit : g;
   return g < -limit ? -limit : g;
 }

@@ -14,6 +14,10 @@
 #define FUSEDOPT_HD
 #endif
 
+// For what is done to each element. A loop with a call in it is not vectorized, and by compilers'
+// own measure some of these are too long to be inlined everywhere.
+#define FUSEDOPT_ELEMENT FUSEDOPT_HD __attribute__((always_inline))
+
 #ifndef FUSEDOPT_ISA
 #define FUSEDOPT_ISA base
 #endif
@@ -29,7 +33,7 @@ struct Float16 {
 };
 
 template <class To, class From>
-FUSEDOPT_HD inline To bit_cast(const From& from) {
+FUSEDOPT_ELEMENT inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
   To to;
   __builtin_memcpy(&to, &from, sizeof(To));
@@ -37,12 +41,12 @@ FUSEDOPT_HD inline To bit_cast(const From& from) {
 }
 
 // Widening is exact, so there is one function for each format and no rounding to speak of.
-FUSEDOPT_HD inline float widen(float x) { return x; }
-FUSEDOPT_HD inline double widen(double x) { return x; }
-FUSEDOPT_HD inline float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+FUSEDOPT_ELEMENT inline float widen(float x) { return x; }
+FUSEDOPT_ELEMENT inline double widen(double x) { return x; }
+FUSEDOPT_ELEMENT inline float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
 // Branch-free, so that compilers vectorize it without half-precision instructions.
-FUSEDOPT_HD inline float widen(Float16 x) {
+FUSEDOPT_ELEMENT inline float widen(Float16 x) {
 #if defined(__CUDA_ARCH__)
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
@@ -62,12 +66,12 @@ FUSEDOPT_HD inline float widen(Float16 x) {
 
 // narrow(x, To{}): round to nearest, ties to even, as torch's casts do. (GPUs have instructions,
 // whose nan has other bits.)
-FUSEDOPT_HD inline float narrow(float x, float) { return x; }
-FUSEDOPT_HD inline float narrow(double x, float) { return float(x); }
-FUSEDOPT_HD inline double narrow(float x, double) { return x; }
-FUSEDOPT_HD inline double narrow(double x, double) { return x; }
+FUSEDOPT_ELEMENT inline float narrow(float x, float) { return x; }
+FUSEDOPT_ELEMENT inline float narrow(double x, float) { return float(x); }
+FUSEDOPT_ELEMENT inline double narrow(float x, double) { return x; }
+FUSEDOPT_ELEMENT inline double narrow(double x, double) { return x; }
 
-FUSEDOPT_HD inline BFloat16 narrow(float x, BFloat16) {
+FUSEDOPT_ELEMENT inline BFloat16 narrow(float x, BFloat16) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   BFloat16 result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
@@ -79,7 +83,7 @@ FUSEDOPT_HD inline BFloat16 narrow(float x, BFloat16) {
 #endif
 }
 
-FUSEDOPT_HD inline Float16 narrow(float x, Float16) {
+FUSEDOPT_ELEMENT inline Float16 narrow(float x, Float16) {
 #if defined(__CUDA_ARCH__)
   Float16 result;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
@@ -102,28 +106,30 @@ FUSEDOPT_HD inline Float16 narrow(float x, Float16) {
 
 // A double meets a 16-bit format only when stock torch's own dtypes are mixed by hand (a float64
 // parameter with a bfloat16 state): through float, as torch casts.
-FUSEDOPT_HD inline BFloat16 narrow(double x, BFloat16 to) { return narrow(float(x), to); }
-FUSEDOPT_HD inline Float16 narrow(double x, Float16 to) { return narrow(float(x), to); }
+FUSEDOPT_ELEMENT inline BFloat16 narrow(double x, BFloat16 to) { return narrow(float(x), to); }
+FUSEDOPT_ELEMENT inline Float16 narrow(double x, Float16 to) { return narrow(float(x), to); }
 
-FUSEDOPT_HD inline float square_root(float x) { return __builtin_sqrtf(x); }
-FUSEDOPT_HD inline double square_root(double x) { return __builtin_sqrt(x); }
+FUSEDOPT_ELEMENT inline float square_root(float x) { return __builtin_sqrtf(x); }
+FUSEDOPT_ELEMENT inline double square_root(double x) { return __builtin_sqrt(x); }
 
 // a * b + c, rounded once where the processor can (x86 from AVX2 on, ARM, every GPU): there all
 // give the same bits, and stock torch's kernels round so too. The oldest x86 rounds twice.
 #if defined(__FMA__) || defined(__CUDACC__) || defined(__aarch64__)
-FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-FUSEDOPT_HD inline double multiply_add(double a, double b, double c) {
+FUSEDOPT_ELEMENT inline float multiply_add(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+FUSEDOPT_ELEMENT inline double multiply_add(double a, double b, double c) {
   return __builtin_fma(a, b, c);
 }
 #else
-FUSEDOPT_HD inline float multiply_add(float a, float b, float c) { return a * b + c; }
-FUSEDOPT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
+FUSEDOPT_ELEMENT inline float multiply_add(float a, float b, float c) { return a * b + c; }
+FUSEDOPT_ELEMENT inline double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
 // (1 - weight) * from + weight * to, as torch.lerp: from the nearer end, so that what is rounded
 // beside the result is small, constants stay what they are, and both ends are exact.
 template <class T>
-FUSEDOPT_HD inline T interpolate(T from, T to, T weight) {
+FUSEDOPT_ELEMENT inline T interpolate(T from, T to, T weight) {
   const T distance = to - from;
   return weight < T(0.5) ? multiply_add(weight, distance, from)
                          : multiply_add(weight - T(1), distance, to);
@@ -147,7 +153,7 @@ class Gate {
  public:
   Gate() = default;
   FUSEDOPT_HD explicit Gate(bool open) : mask_(open ? ~Bits(0) : Bits(0)) {}
-  FUSEDOPT_HD T operator()(T x) const { return bit_cast<T>(bit_cast<Bits>(x) & mask_); }
+  FUSEDOPT_ELEMENT T operator()(T x) const { return bit_cast<T>(bit_cast<Bits>(x) & mask_); }
 
  private:
   using Bits = typename BitsOf<T>::type;
@@ -156,7 +162,7 @@ class Gate {
 
 // As torch.maximum: a nan on either side wins.
 template <class T>
-FUSEDOPT_HD inline T maximum(T a, T b) {
+FUSEDOPT_ELEMENT inline T maximum(T a, T b) {
   return ((a > b) | (a != a)) ? a : b;
 }
 

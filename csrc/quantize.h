@@ -29,7 +29,7 @@ constexpr uint32_t kSquareZero = (127 - 31) << 23;
 // The block's scale from the bits of its largest magnitude: the largest is below 1.875 scales, the
 // highest value that both formats can hold. inf and nan make an infinite scale, and so spread to
 // the block.
-FUSEDOPT_HD inline float block_scale(uint32_t largest) {
+FUSEDOPT_ELEMENT inline float block_scale(uint32_t largest) {
   const float margin = bit_cast<float>(largest) * 1.06666f;
   const uint32_t bits = bit_cast<uint32_t>(margin) & 0x7f800000u;
   const uint32_t lowest = (127 - 90) << 23;  // so that no value is subnormal, not in bfloat16
@@ -39,12 +39,12 @@ FUSEDOPT_HD inline float block_scale(uint32_t largest) {
 }
 
 // 1 / scale, exactly. (Of an infinite one, some number.)
-FUSEDOPT_HD inline float inverse_scale(float scale) {
+FUSEDOPT_ELEMENT inline float inverse_scale(float scale) {
   return bit_cast<float>((254u << 23) - bit_cast<uint32_t>(scale));
 }
 
 template <bool kSquare>
-FUSEDOPT_HD inline float decode(uint8_t code, float scale) {
+FUSEDOPT_ELEMENT inline float decode(uint8_t code, float scale) {
   // All of it in 32 bits: compilers would widen code and sign apart from each other.
   const uint32_t wide = code;
   const uint32_t bits = wide << kCodeShift & (kSquare ? 0xffu : 0x7fu) << kCodeShift;
@@ -59,7 +59,7 @@ FUSEDOPT_HD inline float decode(uint8_t code, float scale) {
 constexpr uint16_t kNearest = 0x8000;
 
 template <bool kSquare>
-FUSEDOPT_HD inline uint8_t encode(float x, float inverse, uint16_t random, uint32_t tail) {
+FUSEDOPT_ELEMENT inline uint8_t encode(float x, float inverse, uint16_t random, uint32_t tail) {
   constexpr int32_t kHighest = kSquare ? 255 : 127;
   const uint32_t offset = tail - (kSquare ? kSquareZero : kSignedZero);
   const uint32_t bits = bit_cast<uint32_t>(x * inverse);

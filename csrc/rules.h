@@ -55,7 +55,7 @@ struct L2Penalty {
   FUSEDOPT_HD explicit L2Penalty(double weight_decay)
       : l2(weight_decay != 0 ? T(weight_decay) : T(-0.0)), gate(weight_decay != 0) {}
 
-  FUSEDOPT_HD T operator()(T p, T g) const { return multiply_add(l2, gate(p), g); }
+  FUSEDOPT_ELEMENT T operator()(T p, T g) const { return multiply_add(l2, gate(p), g); }
 };
 
 // Adam: Kingma & Ba 2015, Algorithm 1. AdamW: Loshchilov & Hutter 2019, Algorithm 2, which decays
@@ -94,7 +94,7 @@ struct Adam {
     eps = T(h[3] * root_bias2);
   }
 
-  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
     g = penalty(p, g);
     p *= keep;
     s[0] = interpolate(s[0], g, one_minus_beta1);
@@ -134,7 +134,7 @@ struct Sgd {
     lookahead = T(h[4] != 0 ? h[1] : 1);
   }
 
-  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
     g = penalty(p, g);
     if constexpr (kMomentum) {
       // Before the first update s[0] is whatever the memory held.
@@ -176,7 +176,7 @@ struct Rmsprop {
     momentum = T(h[4]);
   }
 
-  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
     g = penalty(p, g);
     s[0] = multiply_add(one_minus_alpha * g, g, alpha * s[0]);
     T v = s[0];
@@ -213,7 +213,7 @@ struct Adagrad {
     eps = T(h[2]);
   }
 
-  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
     g = penalty(p, g);
     s[0] = multiply_add(g, g, s[0]);
     p -= lr * g / (square_root(s[0]) + eps);
@@ -230,7 +230,7 @@ struct Stream {
   Stream() = default;
   FUSEDOPT_HD Stream(const double*, double, bool) {}
 
-  FUSEDOPT_HD void operator()(T& p, T g, T* s) const {
+  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
     p += g;
     for (int k = 0; k < kN; ++k) s[k] += g;
   }

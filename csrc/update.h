@@ -78,11 +78,11 @@ struct States {
   T* data[kMaxStates];
 
   template <int k>
-  FUSEDOPT_HD T load(int64_t i) const {
+  FUSEDOPT_ELEMENT T load(int64_t i) const {
     return data[k][i];
   }
   template <int k>
-  FUSEDOPT_HD void store(int64_t i, T x) const {
+  FUSEDOPT_ELEMENT void store(int64_t i, T x) const {
     data[k][i] = x;
   }
 };
@@ -94,11 +94,11 @@ struct HalfStates {
   const uint16_t* random;
 
   template <int k>
-  FUSEDOPT_HD float load(int64_t i) const {
+  FUSEDOPT_ELEMENT float load(int64_t i) const {
     return widen(data[k][i]);
   }
   template <int k>
-  FUSEDOPT_HD void store(int64_t i, float x) const {
+  FUSEDOPT_ELEMENT void store(int64_t i, float x) const {
     if constexpr (kRandom) {
       data[k][i] = round_randomly(x, again(random[i], k), BFloat16{});
     } else {
@@ -115,11 +115,11 @@ struct CodedStates {
   float* decoded[kMaxStates];
 
   template <int k>
-  FUSEDOPT_HD float load(int64_t i) const {
+  FUSEDOPT_ELEMENT float load(int64_t i) const {
     return decode<Rule::is_square(k)>(codes[k][i], scale[k]);
   }
   template <int k>
-  FUSEDOPT_HD void store(int64_t i, float x) const {
+  FUSEDOPT_ELEMENT void store(int64_t i, float x) const {
     decoded[k][i] = x;
   }
 };
@@ -130,12 +130,14 @@ struct Average {
   T* ema;
   T weight;  // of the new one
 
-  FUSEDOPT_HD void operator()(int64_t i, T p) const { ema[i] = interpolate(ema[i], p, weight); }
+  FUSEDOPT_ELEMENT void operator()(int64_t i, T p) const {
+    ema[i] = interpolate(ema[i], p, weight);
+  }
 };
 
 struct NoAverage {
   template <class T>
-  FUSEDOPT_HD void operator()(int64_t, T) const {}
+  FUSEDOPT_ELEMENT void operator()(int64_t, T) const {}
 };
 
 // Applies the rule to n elements in place, on gradients times multiplier times factor. (One may

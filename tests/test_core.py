@@ -56,6 +56,31 @@ def compile_core(folder: Path, flags: list[str]) -> Path:
     return program
 
 
+def test_loops_over_elements_are_vectorized(tmp_path: Path) -> None:
+    """All of update.h: one call that was not inlined, and a step takes five times as long."""
+    setup = load_setup()
+    compiler = setup.find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    if not setup.builds_x86_kernels(compiler) or "Free Software Foundation" not in version:
+        pytest.skip("needs GCC on x86-64, which tells")
+    for kernel, isa in setup.X86_KERNELS.items():
+        report = tmp_path / f"{kernel}.txt"
+        command = [*compiler, *setup.COMMON, *setup.KERNEL, *isa, "-DFUSEDOPT_X86", "-c"]
+        subprocess.run(
+            [*command, str(CSRC / kernel), "-o", os.devnull, f"-fopt-info-vec-missed={report}"],
+            check=True,
+        )
+        missed = [
+            int(line)
+            for line in re.findall(
+                r"update\.h:(\d+):\d+: missed: couldn't vectorize loop", report.read_text()
+            )
+        ]
+        lines = (CSRC / "update.h").read_text().splitlines()
+        # float16 rounded at random has too many cases for it.
+        assert ["round_randomly" in lines[line - 1] for line in missed] in ([], [True]), missed
+
+
 def run_core(program: Path, **environment: str) -> None:
     result = subprocess.run(
         [str(program)], capture_output=True, text=True, env={**os.environ, **environment}
