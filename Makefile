@@ -21,7 +21,7 @@ PIP := $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 # Those of `fusedopt bench`.
-RESULTS := $(filter-out benchmarks/results/pipeline-%,$(wildcard benchmarks/results/*.json))
+RESULTS := $(wildcard benchmarks/results/c*.json)
 
 ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
 	options precision profiling robust scaler))
@@ -45,6 +45,7 @@ bench: build
 	mkdir -p build
 	$(BIN)/python -m fusedopt bench --json build/bench.json
 	$(BIN)/python benchmarks/pipeline.py --json build/pipeline.json
+	$(BIN)/python benchmarks/training.py --json build/training.json
 
 plots: build
 	for json in $(RESULTS); do \

@@ -278,7 +278,7 @@ def measure(title: str, suite: Suite, place: Place, count: int, budget: float) -
     if device.type == "cuda":
         for name, step in steps.items():
             host = machine.host_seconds(step, lambda: None, now, budget / 20)
-            figures[name] = {"host_ms": 1e3 * host, **machine.cuda_figures(step, host)}
+            figures[name] = {"host_ms": 1e3 * host, "device_ms": machine.device_ms(step, host)}
         del step
     steps.clear()
     gc.collect()
@@ -295,7 +295,6 @@ def measure(title: str, suite: Suite, place: Place, count: int, budget: float) -
             for key, digits, words in (
                 ("device_ms", 3, "ms of the GPU"),
                 ("host_ms", 3, "of the host"),
-                ("launches", 0, "launches"),
             )
             if key in found
         ]
@@ -314,6 +313,24 @@ def measure(title: str, suite: Suite, place: Place, count: int, budget: float) -
     return {"suite": title, "case": model.name, "copy_gb_per_s": copied, "contenders": rows}
 
 
+def count_launches(report: dict[str, Any], place_of: dict[str, Place]) -> None:
+    """Add what each step launches. When all is timed (machine.launches)."""
+    print("\nlaunches in a step")
+    for found in report["results"]:
+        counts = []
+        for name, (make, _) in SUITES[found["suite"]].contenders.items():
+            step = make(place_of[found["case"]])
+            step()
+            step()
+            count = machine.launches(step)
+            found["contenders"][name]["launches"] = count
+            counts.append(f"{name} {count}")
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        print(f"  {found['suite']}, {found['case']}: {', '.join(counts)}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
@@ -325,6 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count, budget = (4, 1.0) if options.quick else (16, 12.0)
     device = CPU if options.device == "cpu" else torch.device("cuda", 0)
     report: dict[str, Any] = {**machine.environment(device), "results": []}
+    place_of: dict[str, Place] = {}
     print(machine.describe(report))
     for title in options.suite:
         suite = SUITES[title]
@@ -334,8 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = find(name)
             if title == "a large model":
                 model = fitting(model, device)
+            place = place_of[model.name] = Place(model, device)
             try:
-                found = measure(title, suite, Place(model, device), count, budget)
+                found = measure(title, suite, place, count, budget)
             except torch.OutOfMemoryError:
                 print(f"\n{title}, {name}: left out, as the GPU has too little memory")
             else:
@@ -343,8 +362,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-            if options.json is not None:
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write(report, options.json)
+    if device.type == "cuda":
+        count_launches(report, place_of)
+        write(report, options.json)
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

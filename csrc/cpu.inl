@@ -404,7 +404,7 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   // Squares of doubles overflow; so there the test is the largest magnitude.
   const bool sums = type == NormType::kTwo;
   // Nor does it tell whether a gradient is still finite when it has been multiplied.
-  const bool maximum = !sums || sizeof(T) == 8 || multiplier > 1;
+  const bool maximum = !sums || sizeof(T) == 8 || !(multiplier >= -1 && multiplier <= 1);
   double lanes[kLanes] = {};
   auto bits = magnitude_bits(T(0));
   for (int64_t at = begin, next; at < end; at = next) {
@@ -419,8 +419,9 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   double sum = 0;
   for (double lane : lanes) sum += lane;
   const T magnitude = bit_cast<T>(bits);
-  const bool finite = maximum ? magnitude * multiplier < T(INFINITY) : sum < INFINITY;
-  return {sums ? sum : double(magnitude), finite && (!maximum || magnitude < T(INFINITY))};
+  const auto infinity = magnitude_bits(T(INFINITY));
+  const bool finite = maximum ? magnitude_bits(magnitude * multiplier) < infinity : sum < INFINITY;
+  return {sums ? sum : double(magnitude), finite && (!maximum || bits < infinity)};
 }
 
 void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,

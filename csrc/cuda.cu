@@ -77,6 +77,7 @@ class HardwareWarp {
       if (n > kN) return wait<kN + 1>(n);
     }
     __pipeline_wait_prior(kN);
+    asm volatile("" ::: "memory");  // the compiler reads nothing before
   }
 
  private:
@@ -91,7 +92,7 @@ __device__ inline int64_t warp_count() { return int64_t(gridDim.x) * kBlockWarps
 
 // This warp's buffers in the block's dynamic shared memory.
 __device__ inline Buffers buffers_of_warp(uint32_t bytes, int depth) {
-  extern __shared__ Piece<kLargestPiece> pieces[];
+  extern __shared__ __align__(kBufferBegin) Piece<kLargestPiece> pieces[];
   uint32_t first = uint32_t(__cvta_generic_to_shared(pieces));
   first += threadIdx.x / kWarpLanes * (depth * bytes);
   // Kept in a register: else the compiler asks for the block's place in its cluster at each access.
@@ -102,9 +103,9 @@ __device__ inline Buffers buffers_of_warp(uint32_t bytes, int depth) {
 // Whether this block is the last of the launch to come here: then it sees what all have written.
 __device__ inline bool is_last_block(DeviceControl* control) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // also for what the others wrote before the barrier
     last = atomicAdd(&control->blocks_ready, 1u) == gridDim.x - 1;
     if (last) control->blocks_ready = 0;
   }

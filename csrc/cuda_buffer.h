@@ -120,8 +120,20 @@ class LaneSpan {
       each_piece(place(operand), from, operand.size,
                  [&](auto* to, const auto* from) { warp.copy(to, from); });
     }
+    const bool single = operand.dense && operand.size == sizeof(uint32_t);
     each_rest(operand, pieces, [&](unsigned char* buffered, int64_t at) {
-      gather(in_memory, data, buffered, at, numel_);
+      // As gradients of 32 bits in one buffer for many tensors are: not aligned.
+      if (!single) return gather(in_memory, data, buffered, at, numel_);
+      const auto* const from = static_cast<const uint32_t*>(data) + at;
+      auto* const to = reinterpret_cast<uint32_t*>(buffered);
+      FUSEDOPT_UNROLL
+      for (int j = 0; j < kQuad; ++j) {
+        if (at + j < numel_) {
+          warp.copy(to + j, from + j);
+        } else {
+          to[j] = 0;
+        }
+      }
     });
   }
 

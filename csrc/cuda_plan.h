@@ -13,7 +13,7 @@ namespace fusedopt {
 constexpr int span_tiles(bool in_double) { return in_double ? 1 : 2; }
 
 // An operand in device memory, and where its spans come to lie in the buffer.
-struct DeviceOperand {
+struct alignas(16) DeviceOperand {
   void* data = nullptr;            // of the gradient: none, it is in DeviceGrad
   const Layout* layout = nullptr;  // null: the elements lie one after another
   uint32_t place = 0;              // the span's first byte in the buffer
@@ -24,7 +24,7 @@ struct DeviceOperand {
 };
 
 // No operand is at place 0, which so means that there is none; all are aligned to this.
-constexpr uint32_t kBufferBegin = 16;
+constexpr uint32_t kBufferBegin = 128;
 
 // Of a tile's scale each lane has a copy.
 constexpr uint32_t kScaleBytes = 32 * sizeof(float);

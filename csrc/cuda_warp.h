@@ -175,6 +175,7 @@ struct LaneTile {
 struct LaneNorm {
   double sum;
   uint64_t largest;
+  uint64_t nonfinite;  // as in DeviceControl
 };
 
 FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
@@ -483,7 +484,7 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
   const DeviceLine& line = arguments.line;
   const T multiplier = T(Verdict(arguments.stages).stages.grad_multiplier);
   const bool sums = arguments.stages.norm != NormType::kInfinity;
-  warp.each([&](int, LaneNorm& norm) { norm = {0, 0}; });
+  warp.each([&](int, LaneNorm& norm) { norm = {0, 0, 0}; });
   stream_spans<T>(
       warp, line, buffers, number, n_warps,
       [&](int32_t t, int64_t begin, unsigned char* buffer) {
@@ -513,7 +514,8 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
             // The largest tells of all, also when it is multiplied; inf and nan are largest.
             const auto infinity = magnitude_bits(T(INFINITY));
             if (largest >= infinity || magnitude_bits(magnitude * multiplier) >= infinity) {
-              warp.raise(&arguments.control->nonfinite, kFirstPlace - task.place);
+              const uint64_t place = kFirstPlace - task.place;
+              norm.nonfinite = place > norm.nonfinite ? place : norm.nonfinite;
             }
             const uint64_t bits = magnitude_bits(double(magnitude));
             norm.largest = bits > norm.largest ? bits : norm.largest;
@@ -523,8 +525,11 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
   const double sum =
       sums ? warp.sum([](const LaneNorm& norm) { return norm.sum; })
            : bit_cast<double>(warp.largest([](const LaneNorm& norm) { return norm.largest; }));
+  const uint64_t nonfinite = warp.largest([](const LaneNorm& norm) { return norm.nonfinite; });
   warp.each([&](int lane, LaneNorm&) {
-    if (lane == 0) arguments.partial[number] = sum;
+    if (lane != 0) return;
+    arguments.partial[number] = sum;
+    if (nonfinite != 0) warp.raise(&arguments.control->nonfinite, nonfinite);
   });
 }
 
@@ -534,7 +539,7 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
                                        int64_t n_warps) {
   const bool sums = arguments.stages.norm != NormType::kInfinity;
   warp.each([&](int lane, LaneNorm& norm) {
-    norm = {0, 0};
+    norm = {0, 0, 0};
 #if defined(__CUDACC__)
 #pragma unroll 16  // there may be thousands: have many on the way at a time
 #endif

@@ -808,8 +808,8 @@ def test_a_step_needs_no_memory_for_itself(case: Case, options: dict[str, Any]) 
     # (Of larger ones torch may set aside more than it was asked for.)
     params = make_params([(100_000,)] * 20)
     set_grads(params, 0)
-    optimizer = case.ours(params, **options)
     before = torch.cuda.memory_allocated()
+    optimizer = case.ours(params, **options)  # Adagrad's makes state
     torch.cuda.reset_peak_memory_stats()
     optimizer.step()
     state = [v for _, state in contents_of(optimizer) for v in state.values() if v.is_cuda]

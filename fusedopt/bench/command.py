@@ -218,7 +218,7 @@ def _measure(options: argparse.Namespace, found: dict[str, Any]) -> None:
     for line in too_large:
         print(line)
 
-    with _bar(effort.passes * len(cases)) as bar:
+    with _bar((effort.passes + (device.type == "cuda")) * len(cases)) as bar:
         _measure_cases(cases, options, device, names, effort, found, bar)
     if options.scaling:
         found["scaling"] = []
@@ -241,20 +241,26 @@ def _measure_cases(
     measured: list[list[race.Measured]] = [[] for _ in cases]
     rows: dict[int, report.Row] = {}
     sizes = [case.bytes_of_parameters for case in cases]
-    for number in range(1, effort.passes + 1):
-        last = number == effort.passes
-        if not bar and effort.passes > 1:
+    # On a GPU once more at the end, for what must not be asked before all is timed.
+    sweeps = effort.passes + (device.type == "cuda")
+    for number in range(1, sweeps + 1):
+        last = number == sweeps
+        if not bar and effort.passes > 1 and number <= effort.passes:
             print(f"pass {number} of {effort.passes}", file=sys.stderr, flush=True)
         for optimizer in dict.fromkeys(case.optimizer.name for case in cases):
             mine = [i for i, case in enumerate(cases) if case.optimizer.name == optimizer]
             if last:
                 say(report.header(optimizer, device.type))
             for i in mine:
-                measured[i].append(race.measure(cases[i], names, effort))
-                # On a CPU it takes a process for each contender: for the largest it has to do.
-                ask = last and i == sizes.index(max(sizes)) and not options.quick
-                extra = race.memory_of_steps(cases[i], measured[i][0].timings) if ask else {}
-                rows[i] = race.result(cases[i], measured[i], extra)
+                if number <= effort.passes:
+                    measured[i].append(race.measure(cases[i], names, effort))
+                more: dict[str, dict[str, int]] = {}
+                if last and device.type == "cuda":
+                    more = {"launches": race.launches_of_steps(cases[i], measured[i][0])}
+                elif last and i == sizes.index(max(sizes)) and not options.quick:
+                    # It takes a process for each contender: for the largest it has to do.
+                    more = {"extra_bytes": race.memory_of_steps(cases[i], measured[i][0].timings)}
+                rows[i] = race.result(cases[i], measured[i], more)
                 if last:
                     say(report.block(rows[i]))
                 found["results"] = list(rows.values())

@@ -21,8 +21,7 @@ from fusedopt.extension import ISA
 
 CYCLES_PER_S = 3e9  # no GPU's clock is faster
 LONGEST_WAIT_S = 0.2  # a stream's queue is full long before
-LONGEST_COUNTED_S = 0.1  # a profiler's list of what is launched meanwhile takes seconds to read
-COPIED_BYTES = 1 << 27  # more than caches hold
+COPIED_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}  # more than caches hold
 
 Step = Callable[[], object]
 
@@ -108,17 +107,18 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 def copied_per_second(device: torch.device) -> float:
     """Bytes that a copy within the device's memory reads and writes per second."""
-    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    size = COPIED_BYTES[device.type]
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     now = clock(device)
-    copies = 1 if device.type == "cpu" else 32  # beside which the wait for a GPU is short
+    copies = 1 if device.type == "cpu" else 8  # beside which the wait for a GPU is short
     times = []
     for _ in range(7):
         start = now()
         for _ in range(copies):
             target.copy_(source)
         times.append((now() - start) / copies)
-    return 2 * COPIED_BYTES / statistics.median(times)
+    return 2 * size / statistics.median(times)
 
 
 def host_seconds(
@@ -152,30 +152,29 @@ def device_ms(step: Step, host: float) -> float:
     return statistics.median(times)
 
 
-def cuda_figures(step: Step, host: float) -> dict[str, float]:
-    """What the current GPU does for a step whose call takes the host so many seconds.
-
-    Launches are not counted when it takes so long that there are too many of them.
-    """
-    figures = {"device_ms": device_ms(step, host)}
-
+def extra_bytes(step: Step) -> int:
+    """Bytes of the current GPU's memory that a step takes for itself."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
-    figures["extra_bytes"] = torch.cuda.max_memory_allocated() - before
-    if host > LONGEST_COUNTED_S:
-        return figures
+    return torch.cuda.max_memory_allocated() - before
 
+
+def launches(step: Step) -> int:
+    """Kernels, copies and fills of the current GPU in a step.
+
+    To be asked when all has been timed: what the profiler leaves behind makes launches slower.
+    """
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    launches = [
+    found = [
         event
         for event in profile.events() or ()
         if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
-    return {**figures, "launches": len(launches)}  # of kernels, copies and fills
+    return len(found)
 
 
 def _commit() -> str | None:

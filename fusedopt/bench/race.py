@@ -27,6 +27,7 @@ from fusedopt.models import Model
 
 # Up to so many elements there is next to nothing to move on a CPU: a step's time is the host's.
 HOST_ELEMENTS = 1_000_000
+LONGEST_LISTED_MS = 100
 BEST = "torch's best"
 
 
@@ -63,7 +64,8 @@ def bytes_needed(case: Case, names: Iterable[str]) -> int:
     holders = len(present) - copied
     # Beside parameters and state: the gradients, twice while they move, and foreach's temporaries.
     tensors = holders * (1 + case.optimizer.states) + 2 + 2
-    return case.bytes_of_parameters * tensors + copied * 2 * COPIED_AT_ONCE
+    buffers = 2 * COPIED_AT_ONCE + 2 * machine.COPIED_BYTES["cuda"]
+    return case.bytes_of_parameters * tensors + copied * buffers
 
 
 def measure(case: Case, names: Iterable[str], effort: Effort, *, details: bool = True) -> Measured:
@@ -97,9 +99,7 @@ def measure(case: Case, names: Iterable[str], effort: Effort, *, details: bool =
             found[name] = _details(case, step, gradients, effort.budget / 10)
     steps.clear()
     del gradients, step
-    gc.collect()  # optimizers are in reference cycles, and hold gigabytes
-    if case.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _forget(case)
     return Measured(timings, absent, found, copied)
 
 
@@ -114,19 +114,52 @@ def memory_of_steps(case: Case, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
+def launches_of_steps(case: Case, measured: Measured) -> dict[str, int]:
+    """What steps launch on a GPU. To be asked when all cases have been timed (machine.launches).
+
+    Not of contenders whose calls take so long that a list of all they launch takes minutes to read.
+    """
+    found: dict[str, int] = {}
+    for name, details in measured.details.items():
+        if details["host_ms"] > LONGEST_LISTED_MS:
+            continue
+        step = CONTENDERS[name](case, Gradients(case))
+        step()  # creates the state
+        step()
+        found[name] = machine.launches(step)
+        del step
+        _forget(case)
+    return found
+
+
+def _forget(case: Case) -> None:
+    """Give back what contenders had: optimizers are in reference cycles, and hold gigabytes."""
+    gc.collect()
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _details(case: Case, step: Step, gradients: Gradients, budget: float) -> dict[str, float]:
     on_cpu = case.device.type == "cpu"
     if on_cpu and case.model.elements > HOST_ELEMENTS:
         return {}
     host = machine.host_seconds(step, gradients.move, machine.clock(case.device), budget)
-    return {"host_ms": 1e3 * host, **({} if on_cpu else machine.cuda_figures(step, host))}
+    if on_cpu:
+        return {"host_ms": 1e3 * host}
+    return {
+        "host_ms": 1e3 * host,
+        "device_ms": machine.device_ms(step, host),
+        "extra_bytes": machine.extra_bytes(step),
+    }
 
 
 def result(
-    case: Case, passes: Sequence[Measured], memory_taken: Mapping[str, int] | None = None
+    case: Case,
+    passes: Sequence[Measured],
+    more: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """What JSON files hold of a case."""
-    memory_taken = memory_taken or {}
+    """What JSON files hold of a case; ``more``: further figures, by name, of contenders."""
+    more = more or {}
     absent = {name: why for found in passes for name, why in found.absent.items()}
     timings = {
         name: together([found.timings[name] for found in passes])
@@ -154,7 +187,7 @@ def result(
                 "rounds": len(timing.rounds),
                 "steps": timing.steps,
                 **_medians([found.details.get(name, {}) for found in passes]),
-                **({"extra_bytes": memory_taken[name]} if name in memory_taken else {}),
+                **{key: figures[name] for key, figures in more.items() if name in figures},
             }
             for name, timing in timings.items()
         },
