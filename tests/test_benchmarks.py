@@ -835,6 +835,86 @@ def test_pipeline_measures_every_suite(tmp_path: Path) -> None:
             assert row["bytes_per_parameter"] > 0
 
 
+def test_training_measures_every_suite(tmp_path: Path) -> None:
+    output = tmp_path / "training.json"
+    done = run(str(BENCHMARKS / "training.py"), "--quick", "--json", str(output))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    suites = json.loads(output.read_text())["results"]
+    assert len(suites) == 6
+    for suite in suites:
+        for row in suite["contenders"].values():
+            assert row["us"]["median"] > 0
+            assert row["time_relative_to_first"]["median"] > 0
+
+
+def committed(kind: str) -> dict[str, dict[str, Any]]:
+    """The contenders of each case in the results of benchmarks/pipeline.py or training.py."""
+    (path,) = (BENCHMARKS / "results").glob(f"{kind}-cpu-*.json")
+    results = json.loads(path.read_text())["results"]
+    return {" ".join([r["suite"], r.get("case", "")]).strip(): r["contenders"] for r in results}
+
+
+def page(name: str) -> str:
+    return " ".join((BENCHMARKS.parent / "docs" / name).read_text("utf-8").split())
+
+
+def test_what_the_page_of_the_pipeline_quotes() -> None:
+    found = committed("pipeline")
+
+    def times(case: str, name: str, *, as_long_as: str) -> float:
+        ms = [found[case][who]["ms"]["median"] for who in (name, as_long_as)]
+        return ms[0] / ms[1]
+
+    def close(quoted: str, value: float) -> str:
+        """What a ratio of medians comes to when it is quoted, as a median of ratios may be, too."""
+        assert abs(float(quoted) - value) <= 0.03 * value, (quoted, value)
+        return quoted
+
+    def clipped(model: str) -> float:
+        return times(f"clip {model}", "clip_grad_norm_ + fused", as_long_as="max_grad_norm")
+
+    sentences = [
+        f"{close('1.28', times('ema 1x50M', 'ema_decay', as_long_as='no average'))} times as long "
+        "as without on 50M elements, and with a pass of its own for it "
+        f"{close('1.48', times('ema 1x50M', 'ours + a pass', as_long_as='no average'))};",
+        f"take {close('1.31', clipped('1x50M'))} times as long as `max_grad_norm` on 50M elements, "
+        f"{close('4.6', clipped('1000x4096'))} on 1000 tensors of 4096, "
+        f"{close('25', clipped('1000x64'))} on 1000 of 64;",
+        f"bfloat16 takes {close('0.75', times('state 1x50M', 'bfloat16', as_long_as='float32'))} "
+        "times as long as in float32 on 50M elements",
+        f"8 bits {close('0.71', times('state 1x50M', '8 bits', as_long_as='float32'))} and "
+        f"{close('1.11', times('state 1000x4096', '8 bits', as_long_as='float32'))},",
+    ]
+    for sentence in sentences:
+        assert sentence in page("pipeline.md")
+
+
+def test_what_the_pages_of_training_quote() -> None:
+    found = committed("training")
+
+    def us(case: str, name: str) -> float:
+        return found[case][name]["us"]["median"]
+
+    schedule = "schedule, two groups"
+    ours, cosine, lambda_lr = (us(schedule, name) for name in found[schedule])
+    for sentence in (
+        f"takes {ours:.1f} microseconds in the run",
+        f"same curve {lambda_lr:.1f}, with its `CosineAnnealingLR` {cosine:.1f}.",
+    ):
+        assert sentence in page("training/schedules.md")
+    large = "best weights, 12.6 million parameters in 96 tensors"
+    small = "best weights, 66 thousand in 800"
+    for sentence in (
+        f"on the CPU | {us('stopping', 'step() of a tensor'):.1f} µs |",
+        f"| {us(large, 'save()') / 1e3:.1f} ms; one",
+        f"| `restore()` of the same | {us(large, 'restore()') / 1e3:.0f} ms |",
+        f"and their state | {us(small, 'save()') / 1e3:.0f} ms:",
+        f"| `restore()` of the same | {us(small, 'restore()') / 1e3:.0f} ms,",
+    ):
+        assert sentence in page("training/stopping.md")
+
+
 def load_gpu_report() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_report", BENCHMARKS / "gpu_report.py")
     module = importlib.util.module_from_spec(spec)
