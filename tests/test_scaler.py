@@ -22,6 +22,7 @@ from helpers import (
     nothing_written,
     params_of,
     random_tensor,
+    set_grads,
     table,
     without_window,
     written,
@@ -783,6 +784,25 @@ def test_a_scale_by_hand_multiplies_the_scalers(case: Case) -> None:
         step(runs.ours, runs.scaler)
         step(runs.plain, None)
         assert_same_bits(runs.ours, runs.plain)
+
+
+@pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
+@every_class
+def test_a_scale_that_is_no_number_is_like_gradients_that_are_none(
+    case: Case, clip: dict[str, Any]
+) -> None:
+    params = make_params()
+    optimizer = case.ours(params, nonfinite="skip", **clip)
+    for scale in (1.0, torch.nan, 0.0):
+        set_grads(params, 0)
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.found_inf = torch.tensor(0.0)
+        if scale == 1:
+            optimizer.step()
+            continue
+        with nothing_written(optimizer):
+            optimizer.step()
+    assert int(optimizer.skipped_steps) == 2
 
 
 @every_class
