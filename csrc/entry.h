@@ -49,6 +49,7 @@ struct Entry {
     state_dict = step = py::object();
     for (py::object& state : states) state = py::object();
     extra = nullptr;
+    for (Operand& state : task.state) state = {};
     task.extras = nullptr;
     known = false;
     epoch = -1;

@@ -52,8 +52,8 @@ struct Extras {
 // One parameter. Complex tensors arrive as real ones with twice the elements.
 struct Task {
   Operand param;
-  Operand grad;  // no data: only what was accumulated
-  Operand state[kMaxStates];
+  Operand grad;               // no data: only what was accumulated
+  Operand state[kMaxStates];  // no data: the rule has fewer
   int64_t numel = 0;
   double step = 0;  // 1 at the first update
   int32_t group = 0;
