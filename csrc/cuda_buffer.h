@@ -9,8 +9,8 @@
 //
 // A lane copies what itself will use, so none waits for another.
 //
-// What is not dense, not aligned, a double among floats, or the end of a tensor, takes a slow way
-// here, element by element, and looks like all else in the buffer. Beyond the end there are zeros.
+// What is not dense, not aligned, a double among floats, or the end of a tensor, is copied element
+// by element, and looks like all else in the buffer. Beyond the end there are zeros.
 #pragma once
 
 #include "cuda_plan.h"
@@ -100,6 +100,12 @@ FUSEDOPT_OUTLINE void scatter(const DeviceOperand& operand, unsigned char* buffe
   });
 }
 
+// A lane's copy of the scale of a span's i-th tile.
+FUSEDOPT_HD inline float* lane_scale(unsigned char* buffer, const float* place, int i, int lane) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(place) + i * kScaleBytes;
+  return reinterpret_cast<float*>(buffer + at) + lane;
+}
+
 // What of a span one lane has: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
 template <class T>
 class LaneSpan {
@@ -154,14 +160,14 @@ class LaneSpan {
   template <class Warp>
   FUSEDOPT_HD void fetch_scales(Warp& warp, const float* scales, const float* place) const {
     for (int tile = 0; tile * kBlock < left_; ++tile) {
-      warp.copy(lane_scale(place, tile), scales + begin_ / kBlock + tile);
+      warp.copy(lane_scale(buffer_, place, tile, lane_), scales + begin_ / kBlock + tile);
     }
   }
 
   FUSEDOPT_HD void put_scales(float* scales, const float* place) const {
     if (lane_ != 0) return;
     for (int tile = 0; tile * kBlock < left_; ++tile) {
-      scales[begin_ / kBlock + tile] = *lane_scale(place, tile);
+      scales[begin_ / kBlock + tile] = *lane_scale(buffer_, place, tile, lane_);
     }
   }
 
@@ -180,11 +186,6 @@ class LaneSpan {
   // Whether four elements can be had at a time. (Views need not be aligned.)
   FUSEDOPT_HD static bool in_pieces(const DeviceOperand& operand, const void* data) {
     return operand.dense && (reinterpret_cast<uintptr_t>(data) & operand.misaligned) == 0;
-  }
-
-  FUSEDOPT_HD float* lane_scale(const float* place, int tile) const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(place) + tile * kScaleBytes;
-    return reinterpret_cast<float*>(buffer_ + at) + lane_;
   }
 
   FUSEDOPT_HD unsigned char* place(const DeviceOperand& operand) const {

@@ -9,7 +9,8 @@
 namespace fusedopt {
 
 // A span is what a warp has in a buffer at a time (cuda_buffer.h): so many tiles, of kBlock
-// elements, of one task. (Two: what there is to do once per span is a third of all instructions.)
+// elements, of one task. (Two: with one, what is done once per span would be near half of all
+// instructions.)
 constexpr int span_tiles(bool in_double) { return in_double ? 1 : 2; }
 
 // An operand in device memory, and where its spans come to lie in the buffer.
@@ -20,7 +21,7 @@ struct alignas(16) DeviceOperand {
   uint8_t size = 0;                // bytes of an element; 0: there is no such operand
   uint8_t buffered_size = 0;  // in the buffer: as `size`, but a float for a double among floats
   bool dense = false;         // what lies in the buffer is what lies in memory
-  uint8_t misaligned = 0;     // that data must have for it to be copied by four elements
+  uint8_t misaligned = 0;     // the bits of an address that keep four from being one access
 };
 
 // No operand is at place 0, which so means that there is none; all are aligned to this.

@@ -108,10 +108,8 @@ class Lane {
     }
   }
 
-  // A lane's copy of the scale of 8-bit state.
   FUSEDOPT_HD float* scale(const float* place) const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(place) + i_ * kScaleBytes;
-    return reinterpret_cast<float*>(buffer_ + at) + lane_;
+    return lane_scale(buffer_, place, i_, lane_);
   }
 
   FUSEDOPT_HD Random draw(uint64_t seed, uint64_t step, uint32_t stream,

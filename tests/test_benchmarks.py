@@ -874,6 +874,9 @@ def test_what_the_page_of_the_pipeline_quotes() -> None:
     def clipped(model: str) -> float:
         return times(f"clip {model}", "clip_grad_norm_ + fused", as_long_as="max_grad_norm")
 
+    def accumulated(name: str) -> float:
+        return times("accumulate gpt2-124m", name, as_long_as="accumulate()")
+
     sentences = [
         f"{close('1.28', times('ema 1x50M', 'ema_decay', as_long_as='no average'))} times as long "
         "as without on 50M elements, and with a pass of its own for it "
@@ -885,6 +888,9 @@ def test_what_the_page_of_the_pipeline_quotes() -> None:
         "times as long as in float32 on 50M elements",
         f"8 bits {close('0.71', times('state 1x50M', '8 bits', as_long_as='float32'))} and "
         f"{close('1.11', times('state 1000x4096', '8 bits', as_long_as='float32'))},",
+        f"take {close('1.08', accumulated('bfloat16 += and fused'))} times as long as with "
+        "`accumulate()`, and added up in float32 by torch "
+        f"{close('3.4', accumulated('float32 += and fused'))} times.",
     ]
     for sentence in sentences:
         assert sentence in page("pipeline.md")
@@ -907,7 +913,10 @@ def test_what_the_pages_of_training_quote() -> None:
     small = "best weights, 66 thousand in 800"
     for sentence in (
         f"on the CPU | {us('stopping', 'step() of a tensor'):.1f} µs |",
-        f"| {us(large, 'save()') / 1e3:.1f} ms; one",
+        f"| {us(large, 'save()') / 1e3:.1f} ms; one `torch._foreach_copy_` of the same bytes takes "
+        f"{us(large, '_foreach_copy_ of the same') / us(large, 'save()'):.1f} times as long, "
+        "`copy.deepcopy` of the state dicts "
+        f"{us(large, 'deepcopy of the state dicts') / us(large, 'save()'):.1f} times",
         f"| `restore()` of the same | {us(large, 'restore()') / 1e3:.0f} ms |",
         f"and their state | {us(small, 'save()') / 1e3:.0f} ms:",
         f"| `restore()` of the same | {us(small, 'restore()') / 1e3:.0f} ms,",

@@ -225,9 +225,8 @@ def test_20_000_tensors() -> None:
                 for i, p in enumerate(params):
                     p.grad = torch.full_like(p, (i + step) % 7 - 3)
             optimizer.step()
-    for params in (there, here):
-        params[:] = [torch.cat([p.detach() for p in params])]
-    torch.testing.assert_close(there[0].cpu(), here[0])
+    updated = [torch.cat([p.detach() for p in params]).cpu() for params in (there, here)]
+    torch.testing.assert_close(*updated)
 
 
 @every_class
