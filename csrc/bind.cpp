@@ -70,10 +70,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Stepper>(m, "Stepper")
       .def(py::init([](const std::string& family, const py::object& unshared,
-                       const py::object& allocate, const py::object& record) {
-             return std::make_unique<Stepper>(family, unshared, TensorMemory{allocate, record});
+                       const py::object& allocate, const py::object& allocate_for,
+                       const py::object& record) {
+             return std::make_unique<Stepper>(family, unshared,
+                                              TensorMemory{allocate, allocate_for, record});
            }),
-           py::arg("family"), py::arg("unshared"), py::arg("allocate"), py::arg("record"))
+           py::arg("family"), py::arg("unshared"), py::arg("allocate"), py::arg("allocate_for"),
+           py::arg("record"))
       .def("configure", &Stepper::configure, py::arg("options"))
       .def("begin", &Stepper::begin)
       .def("end", &Stepper::end)

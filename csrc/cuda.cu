@@ -284,6 +284,55 @@ void launch(const CudaQueue& queue, const Arguments& arguments, int64_t n_chunks
   check(cudaGetLastError(), "a launch failed");
 }
 
+// What a stream records, if anything.
+struct Capture {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cudaGraph_t graph = nullptr;
+};
+
+Capture capture_of(const CudaQueue& queue) {
+  const OnDevice on(queue.device);
+  Capture capture;
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+#if CUDART_VERSION >= 13000
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(stream, &capture.status, &capture.id, &capture.graph);
+#else
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo_v2(stream, &capture.status, &capture.id, &capture.graph);
+#endif
+  check(error, "the state of a stream");
+  // (What else is told is not valid then.)
+  if (capture.status == cudaStreamCaptureStatusInvalidated) {
+    check(cudaErrorStreamCaptureInvalidated, "the capture of a graph");
+  }
+  return capture;
+}
+
+// A stream that nobody else knows, so that no graph records it; and one that does not wait for the
+// default stream, which could not be used while a graph is recorded. As long as the process.
+cudaStream_t stream_outside_graphs(int device) {
+  return once_per({device, 0}, [](const Key& key) {
+    const OnDevice on(key.first);
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
+    return stream;
+  });
+}
+
+// Until the end of a block, lets the thread do what it must not while it records a graph, unless it
+// says that it means it: allocate memory, wait for another stream.
+class AllowedInCapture {
+ public:
+  AllowedInCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "the capture's mode"); }
+  ~AllowedInCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AllowedInCapture(const AllowedInCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 template <class T>
 struct LaunchUpdate {
   const CudaQueue& queue;
@@ -340,12 +389,37 @@ bool cuda_runs_on(int device) {
 }
 
 uint64_t cuda_capture(const CudaQueue& queue) {
-  const cuda::OnDevice on(queue.device);
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  cuda::check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(queue.stream), &status, &id),
-              "the state of a stream");
-  return status == cudaStreamCaptureStatusNone ? 0 : uint64_t(id) + 1;
+  const cuda::Capture capture = cuda::capture_of(queue);
+  return capture.status == cudaStreamCaptureStatusNone ? 0 : uint64_t(capture.id) + 1;
+}
+
+void cuda_outside_graphs(int device, const std::function<void(const CudaQueue&)>& work) {
+  const cuda::OnDevice on(device);
+  const cuda::AllowedInCapture allowed;
+  const cudaStream_t stream = cuda::stream_outside_graphs(device);
+  work({device, stream});
+  cuda::check(cudaStreamSynchronize(stream), "work outside of a graph failed");
+}
+
+void cuda_retain(const CudaQueue& queue, void (*release)(void*), void* what) {
+  cudaUserObject_t object = nullptr;
+  try {
+    cuda::check(cudaUserObjectCreate(&object, what, release, 1, cudaUserObjectNoDestructorSync),
+                "an object for a graph");
+  } catch (...) {
+    release(what);
+    throw;
+  }
+  // From here on it is called when the last reference goes: ours, or those of the graph and of what
+  // is made of it.
+  try {
+    cuda::check(cudaGraphRetainUserObject(cuda::capture_of(queue).graph, object, 1,
+                                          cudaGraphUserObjectMove),
+                "a graph does not retain what it uses");
+  } catch (...) {
+    (void)cudaUserObjectRelease(object, 1);
+    throw;
+  }
 }
 
 int64_t cuda_max_warps(int device) {

@@ -1,13 +1,15 @@
 // The CUDA engine: launches of the kernels of cuda.cu.
 //
-// Nothing here waits for a device or allocates: all memory, and the plan in it (cuda_plan.h), is
-// the caller's, and everything happens in the order of a stream.
+// Nothing here allocates device memory: all of it, and the plan in it (cuda_plan.h), is the
+// caller's. And nothing waits, unless it says so: everything happens in the order of a stream.
 //
 // A build without CUDA has no_cuda.cpp instead; tests have one that runs on the CPU.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include <functional>
 
 #include "cuda_plan.h"
 
@@ -40,12 +42,22 @@ struct CudaQueue {
 // A number for the graph that what goes there is recorded into instead of done; 0: none.
 uint64_t cuda_capture(const CudaQueue& queue);
 
+// Does what no replay is to repeat, while the thread records a graph, and waits for it. What `work`
+// puts into the queue that it is called with happens now; that stream is never recorded, and memory
+// may be allocated for it.
+void cuda_outside_graphs(int device, const std::function<void(const CudaQueue&)>& work);
+
+// Calls release(what) when the graph that this queue records, and all that was made of it, is gone
+// and runs no more: once, on any thread, where it must neither block nor use CUDA. Also when this
+// throws.
+void cuda_retain(const CudaQueue& queue, void (*release)(void*), void* what);
+
 // Warps that a launch on a device has at most, whatever the kernel. The length of
 // MeasureArguments.partial.
 int64_t cuda_max_warps(int device);
 
 // Copies to device memory, in multiples of kUploadUnit bytes and aligned to that. The bytes travel
-// as arguments of kernels: nothing has to be kept, and a graph holds them.
+// as arguments of kernels: nothing has to be kept.
 constexpr size_t kUploadUnit = 16;
 void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes);
 

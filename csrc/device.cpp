@@ -1,10 +1,65 @@
 #include "device.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
+#include <utility>
 
 namespace fusedopt {
+namespace {
+
+char* memory_of(const py::object& tensor, int device) {
+  View view;
+  if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != device) {
+    throw std::runtime_error("there is no memory on the device");
+  }
+  return view.data;
+}
+
+// What graphs use, perhaps for longer than the optimizer lives. That a graph is gone is heard on a
+// thread of the driver's, which may not touch tensors; so they are let go of later.
+class RetainedByGraphs {
+ public:
+  void add(const CudaQueue& queue, const py::object& tensors) {
+    auto gone = std::make_unique<std::atomic<bool>>(false);
+    std::atomic<bool>* const told = gone.get();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      entries_.push_back({tensors, std::move(gone)});
+    }
+    cuda_retain(queue, [](void* gone) { *static_cast<std::atomic<bool>*>(gone) = true; }, told);
+  }
+
+  void let_go() {
+    std::vector<Entry> gone;  // released after the lock, as that may run anything
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = 0; i < entries_.size();) {
+      if (!*entries_[i].gone) {
+        ++i;
+        continue;
+      }
+      std::swap(entries_[i], entries_.back());
+      gone.push_back(std::move(entries_.back()));
+      entries_.pop_back();
+    }
+  }
+
+ private:
+  struct Entry {
+    py::object tensors;
+    std::unique_ptr<std::atomic<bool>> gone;
+  };
+
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
+// (Never destroyed: graphs may outlive the interpreter.)
+RetainedByGraphs& retained = *new RetainedByGraphs;
+
+}  // namespace
 
 void check_not_capturing(int device) {
   if (cuda_capture({device, current_stream(device)}) == 0) return;
@@ -15,12 +70,8 @@ void check_not_capturing(int device) {
 
 void DeviceBuffer::allocate(const TensorMemory& memory, size_t bytes, const CudaQueue& queue) {
   py::object tensor = memory.allocate(bytes, queue.device);
-  View view;
-  if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != queue.device) {
-    throw std::runtime_error("there is no memory on the device");
-  }
+  data_ = memory_of(tensor, queue.device);
   tensor_ = std::move(tensor);
-  data_ = view.data;
   bytes_ = bytes;
   streams_ = {queue.stream};
 }
@@ -66,7 +117,29 @@ void ResidentTable::upload(const CudaQueue& queue, size_t begin, size_t end) {
   }
 }
 
+std::vector<Launch> write_captured(const TensorMemory& memory, const CudaQueue& queue,
+                                   const Plan& plan, const std::vector<DeviceCounter>& counters,
+                                   const std::vector<DeviceRate>& rates, const py::object& other) {
+  DeviceTable table(cuda_max_warps(queue.device));
+  std::vector<char> image(table.lay_out(plan, counters));
+  table.write_grads(plan, image.data());
+  table.write_groups(plan, rates, image.data());
+  // Not in the graph's memory: replays write there what lay at this place before the step.
+  cuda_outside_graphs(queue.device, [&](const CudaQueue& outside) {
+    const auto stream = reinterpret_cast<uintptr_t>(outside.stream);
+    const py::object tensor = memory.allocate_for(image.size(), queue.device, stream);
+    char* const data = memory_of(tensor, queue.device);
+    table.write_tasks(plan, counters, image.data(), data);
+    cuda_upload(outside, data, image.data(), image.size());
+    retained.add(queue, py::make_tuple(tensor, other));
+  });
+  return table.launches();
+}
+
+Device::~Device() { retained.let_go(); }
+
 void Device::begin() {
+  retained.let_go();
   queue_ = {index_, current_stream(index_)};
   capture_ = cuda_capture(queue_);
   if (!report_.tensor()) {
@@ -75,23 +148,35 @@ void Device::begin() {
     report_.allocate(memory_, (kNormWord + 1 + n_warps) * 8, queue_);
     table_ = std::make_unique<ResidentTable>(n_warps);
   }
-  report_.use(memory_, queue_);
-  if (measuring_) {  // an earlier step has failed in between
-    constexpr char zeros[kUploadUnit] = {};
-    static_assert(offsetof(DeviceControl, nonfinite) + sizeof(uint64_t) == kUploadUnit);
-    cuda_upload(queue_, report_.data(), zeros, sizeof(zeros));
-    measuring_ = capturing();
+  if (!capturing()) report_.use(memory_, queue_);
+  if (measuring_) forget_measured();
+}
+
+void Device::end() {
+  if (!measuring_) return;
+  try {
+    forget_measured();
+  } catch (const std::exception&) {
+    // What has failed before says more. The next step tries again.
   }
+}
+
+// At the end of the step that has failed, and not when the next one begins: that may be a replay.
+void Device::forget_measured() {
+  constexpr char zeros[kUploadUnit] = {};
+  static_assert(offsetof(DeviceControl, nonfinite) + sizeof(uint64_t) == kUploadUnit);
+  cuda_upload(queue_, report_.data(), zeros, sizeof(zeros));
+  measuring_ = false;
 }
 
 void Device::load(const Plan& plan, const std::vector<DeviceCounter>& counters,
                   const std::vector<DeviceRate>& rates, bool same_tasks) {
-  current_ = table_.get();
   if (capturing()) {
-    captured_ = std::make_unique<ResidentTable>(cuda_max_warps(index_));
-    current_ = captured_.get();
+    launches_ = write_captured(memory_, queue_, plan, counters, rates, report_.tensor());
+    return;
   }
-  current_->load(memory_, queue_, plan, counters, rates, same_tasks && !capturing());
+  table_->load(memory_, queue_, plan, counters, rates, same_tasks);
+  launches_ = table_->launches();
 }
 
 MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
@@ -105,13 +190,12 @@ MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
 }
 
 void Device::measure(const DeviceStages& stages, bool alone) {
-  const std::vector<Launch>& launches = current_->launches();
   MeasureArguments arguments = measure_arguments(stages);
   measuring_ = true;
-  for (const Launch& launch : launches) {
+  for (const Launch& launch : launches_) {
     arguments.line = launch.line;
-    arguments.first_launch = &launch == &launches.front();
-    arguments.last_launch = alone && &launch == &launches.back();
+    arguments.first_launch = &launch == &launches_.front();
+    arguments.last_launch = alone && &launch == &launches_.back();
     cuda_measure(queue_, launch.in_double, arguments);
   }
   measuring_ = !alone;
@@ -126,16 +210,15 @@ void Device::finish_measure(const DeviceStages& stages) {
 }
 
 void Device::update(const DeviceStages& stages, bool counts_skips) {
-  const std::vector<Launch>& launches = current_->launches();
-  for (const Launch& launch : launches) {
-    const bool last = &launch == &launches.back();
+  for (const Launch& launch : launches_) {
+    const bool last = &launch == &launches_.back();
     cuda_update(queue_, launch.rule, launch.in_double,
                 {launch.line, stages, control(), last && counts_skips});
   }
 }
 
 void Device::accumulate() {
-  for (const Launch& launch : current_->launches()) {
+  for (const Launch& launch : launches_) {
     cuda_accumulate(queue_, launch.in_double, launch.line);
   }
 }

@@ -13,8 +13,9 @@ namespace fusedopt {
 
 // How Python provides device memory: as tensors of torch's, so that they show in its statistics.
 struct TensorMemory {
-  py::object allocate;  // (bytes, device) -> a tensor of zeros
-  py::object record;    // (tensor, device): it is in use on the device's current stream
+  py::object allocate;      // (bytes, device) -> a tensor of zeros
+  py::object allocate_for;  // (bytes, device, stream) -> a tensor for use on that stream
+  py::object record;        // (tensor, device): it is in use on the device's current stream
 };
 
 // Throws when a device's current stream records a graph: for what must not be repeated by replays.
@@ -26,7 +27,8 @@ class DeviceBuffer {
   void allocate(const TensorMemory& memory, size_t bytes, const CudaQueue& queue);
 
   // To be called before it is used: torch must not give memory to someone else, once it is freed,
-  // before all streams are done with it.
+  // before all streams are done with it. (Nobody
+  // knows those of replays; so a graph retains what it uses.)
   void use(const TensorMemory& memory, const CudaQueue& queue);
 
   const py::object& tensor() const { return tensor_; }
@@ -61,15 +63,28 @@ class ResidentTable {
   std::vector<char> loaded_;  // and as it is
 };
 
+// A table that the graph which this queue records will read: in memory of its own, that holds it
+// from now on, and for as long as the graph may be replayed. So does `other`, a tensor. Returns
+// what has to be launched. Waits.
+std::vector<Launch> write_captured(const TensorMemory& memory, const CudaQueue& queue,
+                                   const Plan& plan, const std::vector<DeviceCounter>& counters,
+                                   const std::vector<DeviceRate>& rates, const py::object& other);
+
 class Device {
  public:
   Device(int index, const TensorMemory& memory) : index_(index), memory_(memory) {}
+  Device(Device&&) = default;
+  Device& operator=(Device&&) = default;
+  ~Device();
 
   int index() const { return index_; }
 
   // Begins a step or accumulate(), on the stream that is the current one. Throws when that stream
   // records a graph, and the memory that the graph would work on is not there yet.
   void begin();
+
+  // After the step, whether or not it has failed in between: then nothing is left of its norm.
+  void end();
 
   void load(const Plan& plan, const std::vector<DeviceCounter>& counters,
             const std::vector<DeviceRate>& rates, bool same_tasks);
@@ -96,6 +111,7 @@ class Device {
 
  private:
   MeasureArguments measure_arguments(const DeviceStages& stages) const;
+  void forget_measured();
 
   DeviceControl* control() const { return reinterpret_cast<DeviceControl*>(report_.data()); }
 
@@ -106,9 +122,7 @@ class Device {
   bool measuring_ = false;  // measure() has not been followed by finish_measure() yet
   DeviceBuffer report_;     // and the norm's partial sums behind it
   std::unique_ptr<ResidentTable> table_;
-  // A captured step's own: its replays write it anew, in the graph's own memory.
-  std::unique_ptr<ResidentTable> captured_;
-  ResidentTable* current_ = nullptr;
+  std::vector<Launch> launches_;  // of the step: of that table, or of a captured one
 };
 
 }  // namespace fusedopt

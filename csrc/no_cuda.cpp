@@ -18,7 +18,11 @@ int cuda_device_count() { return 0; }
 
 bool cuda_runs_on(int) { return false; }
 
-uint64_t cuda_capture(const CudaQueue&) { return false; }
+uint64_t cuda_capture(const CudaQueue&) { return 0; }
+
+void cuda_outside_graphs(int, const std::function<void(const CudaQueue&)>&) { fail(); }
+
+void cuda_retain(const CudaQueue&, void (*)(void*), void*) { fail(); }
 
 int64_t cuda_max_warps(int) { fail(); }
 

@@ -64,6 +64,7 @@ class Stepper {
     busy_ = true;
   }
   void end() {
+    for (Part& part : parts_) part.device.end();
     busy_ = false;
     release();
   }

@@ -106,19 +106,23 @@ class Stepper:
         family: str,
         unshared: Callable[[torch.Tensor], bool],
         allocate: Callable[[int, int], torch.Tensor],
+        allocate_for: Callable[[int, int, int], torch.Tensor],
         record: Callable[[torch.Tensor, int], None],
     ) -> None:
         """unshared(tensor): whether nothing else leads to the tensor's memory.
 
-        allocate(bytes, device): device memory, zeros. record(tensor, device): the device's current
-        stream uses it from now on.
+        allocate(bytes, device): device memory, zeros. allocate_for(bytes, device, stream): not
+        cleared, for use on the stream with that handle. record(tensor, device): the device's
+        current stream uses it from now on.
         """
 
     def configure(self, options: StepOptions) -> None: ...
     def begin(self) -> None:
         """RuntimeError when a step of this optimizer runs already."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Also after a step that has failed: it leaves no part of a norm on a device."""
+
     def forget(self) -> None:
         """Lets go of the state's tensors; they are looked for again at the next step."""
 

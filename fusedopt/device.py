@@ -37,6 +37,17 @@ def allocate(size: int, device: int) -> Tensor:
     return torch.zeros(-(-size // 8), dtype=torch.int64, device=place)
 
 
+@torch.inference_mode(False)
+def allocate_for(size: int, device: int, stream: int) -> Tensor:
+    """At least so many bytes, whatever is in them, on a device, for use on one of its streams.
+
+    ``stream`` is the handle (a ``cudaStream_t``) of one that torch need not know.
+    """
+    module = torch.get_device_module(DEVICE)
+    with module.stream(module.ExternalStream(stream, device)):
+        return torch.empty(-(-size // 8), dtype=torch.int64, device=torch.device(DEVICE, device))
+
+
 def record(tensor: Tensor, device: int) -> None:
     """Keep torch from reusing a tensor's memory before the current stream is done with it."""
     tensor.record_stream(torch.get_device_module(DEVICE).current_stream(device))

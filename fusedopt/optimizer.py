@@ -289,7 +289,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
             stepper = self._stepper = kernels.Stepper(
-                self._family, _unshared, device.allocate, device.record
+                self._family, _unshared, device.allocate, device.allocate_for, device.record
             )
             self._configured = False
         if not self._configured:

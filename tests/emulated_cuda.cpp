@@ -1,12 +1,12 @@
 // The CUDA engine (cuda.h) without a GPU: launches run at once, lane by lane, on the CPU. Linked
 // instead of cuda.cu into an extension for tests, whose devices are those of fake_device.cpp.
 #include <cstring>
-#include <functional>
 #include <utility>
 #include <vector>
 
 #include "cuda.h"
 #include "emulated_warp.h"
+#include "fake_device.h"
 
 namespace fusedopt {
 namespace emulated {
@@ -16,21 +16,8 @@ constexpr int64_t kWarps = 7;
 constexpr int kDepth = 2;
 
 // What tests tell and ask (emulation.py).
-void (*enter)() = nullptr;  // makes device memory accessible,
-void (*leave)() = nullptr;  // and inaccessible again
-bool capturing = false;
+const FakeDriver* driver = nullptr;
 int64_t launches = 0, uploads = 0;
-std::vector<std::vector<std::function<void()>>> graphs;
-
-void launch(std::function<void()> work) {
-  if (capturing) {
-    graphs.back().push_back(std::move(work));
-    return;
-  }
-  enter();
-  work();
-  leave();
-}
 
 template <class T>
 struct Update {
@@ -74,22 +61,34 @@ int cuda_device_count() { return 2; }
 
 bool cuda_runs_on(int) { return true; }
 
-uint64_t cuda_capture(const CudaQueue&) {
-  return emulated::capturing ? emulated::graphs.size() : 0;
+uint64_t cuda_capture(const CudaQueue& queue) { return emulated::driver->capture(queue.stream); }
+
+void cuda_outside_graphs(int device, const std::function<void(const CudaQueue&)>& work) {
+  struct Allowed {
+    const bool before = emulated::driver->allow_in_capture(true);
+    ~Allowed() { emulated::driver->allow_in_capture(before); }
+  };
+  const Allowed allowed;
+  work({device, emulated::driver->stream_outside_graphs(device)});
+}
+
+void cuda_retain(const CudaQueue& queue, void (*release)(void*), void* what) {
+  emulated::driver->retain(queue.stream, release, what);
 }
 
 int64_t cuda_max_warps(int) { return emulated::kWarps; }
 
-void cuda_upload(const CudaQueue&, void* to, const void* from, size_t bytes) {
+void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes) {
   ++emulated::uploads;
   const char* const begin = static_cast<const char*>(from);
   std::vector<char> parcel(begin, begin + bytes);
-  emulated::launch([=] { std::memcpy(to, parcel.data(), bytes); });
+  emulated::driver->launch(queue.stream, [=] { std::memcpy(to, parcel.data(), bytes); });
 }
 
-void cuda_update(const CudaQueue&, int rule, bool in_double, const UpdateArguments& arguments) {
+void cuda_update(const CudaQueue& queue, int rule, bool in_double,
+                 const UpdateArguments& arguments) {
   ++emulated::launches;
-  emulated::launch([=] {
+  emulated::driver->launch(queue.stream, [=] {
     if (in_double) {
       emulated::select_rule<double>(rule, emulated::Update<double>{arguments});
     } else {
@@ -98,16 +97,16 @@ void cuda_update(const CudaQueue&, int rule, bool in_double, const UpdateArgumen
   });
 }
 
-void cuda_measure(const CudaQueue&, bool in_double, const MeasureArguments& arguments) {
+void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments) {
   ++emulated::launches;
-  emulated::launch([=] {
+  emulated::driver->launch(queue.stream, [=] {
     in_double ? emulated::measure<double>(arguments) : emulated::measure<float>(arguments);
   });
 }
 
-void cuda_accumulate(const CudaQueue&, bool in_double, const DeviceLine& line) {
+void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line) {
   ++emulated::launches;
-  emulated::launch([=] {
+  emulated::driver->launch(queue.stream, [=] {
     in_double ? emulated::accumulate_all<double>(line) : emulated::accumulate_all<float>(line);
   });
 }
@@ -116,26 +115,8 @@ void cuda_accumulate(const CudaQueue&, bool in_double, const DeviceLine& line) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void emulated_set_access(void (*enter)(), void (*leave)()) {
-  fusedopt::emulated::enter = enter;
-  fusedopt::emulated::leave = leave;
-}
+EXPORT void emulated_set_driver(const FakeDriver* driver) { fusedopt::emulated::driver = driver; }
 
 EXPORT int64_t emulated_launches() { return fusedopt::emulated::launches; }
 
 EXPORT int64_t emulated_uploads() { return fusedopt::emulated::uploads; }
-
-// Returns the graph's number, for emulated_replay().
-EXPORT int64_t emulated_begin_capture() {
-  fusedopt::emulated::capturing = true;
-  fusedopt::emulated::graphs.emplace_back();
-  return int64_t(fusedopt::emulated::graphs.size()) - 1;
-}
-
-EXPORT void emulated_end_capture() { fusedopt::emulated::capturing = false; }
-
-EXPORT void emulated_replay(int64_t graph) {
-  fusedopt::emulated::enter();
-  for (const auto& work : fusedopt::emulated::graphs[graph]) work();
-  fusedopt::emulated::leave();
-}

@@ -101,10 +101,8 @@ def install() -> None:
     spec.loader.exec_module(module)
     sys.modules["fusedopt._C"] = module
     _library = ctypes.CDLL(str(path))
-    _library.emulated_set_access(
-        ctypes.c_void_p(device.enter_address()), ctypes.c_void_p(device.leave_address())
-    )
-    for name in ("launches", "uploads", "begin_capture"):
+    _library.emulated_set_driver(ctypes.c_void_p(device.driver_address()))
+    for name in ("launches", "uploads"):
         getattr(_library, f"emulated_{name}").restype = ctypes.c_int64
     module.Stepper = _guarded(module.Stepper)
 
@@ -125,19 +123,25 @@ def uploads() -> int:
 
 
 class Graph:
-    """As torch.cuda.CUDAGraph; but only our own kernels are recorded."""
+    """As torch.cuda.CUDAGraph; but what is recorded is also done, except for our own kernels."""
+
+    def __init__(self) -> None:
+        self._graph = fake_device.load().Graph()
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
-        """Record what the block launches, instead of doing it."""
-        self._number = _library.emulated_begin_capture()
-        fake_device.load().keep(True)  # as in the graph's own memory pool
+    def capture(self, share: Graph | None = None) -> Iterator[None]:
+        """Record what the block launches, with a memory pool of its own, or another graph's."""
+        pool = None if share is None else share._graph
+        self._graph.begin(pool)
         try:
             yield
         finally:
-            fake_device.load().keep(False)
-            _library.emulated_end_capture()
+            self._graph.end()
 
     def replay(self) -> None:
         """Do what has been recorded."""
-        _library.emulated_replay(ctypes.c_int64(self._number))
+        self._graph.replay()
+
+    def nodes(self) -> int:
+        """Kernels and copies that a replay takes."""
+        return self._graph.nodes()

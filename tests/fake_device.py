@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +53,26 @@ class Event:
         return 1e3 * (end.time - self.time)
 
 
+def external_stream(handle: int, device: int) -> torch.Stream:
+    """The stream that the extension knows by this number."""
+    return torch.Stream(
+        stream_id=load().stream_id(handle),
+        device_index=device,
+        device_type=torch.accelerator.current_stream(device).device_type,
+    )
+
+
+@contextmanager
+def use_stream(stream: torch.Stream) -> Iterator[None]:
+    """Make it the current one of its device."""
+    before = torch.accelerator.current_stream(stream.device_index)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+
+
 def device_module() -> ModuleType:
     """What torch asks of a device in Python: ``torch.fake``."""
     module = ModuleType("torch.fake")
@@ -61,6 +83,9 @@ def device_module() -> ModuleType:
     module.device = lambda device: torch.accelerator.device_index(torch.device(device).index)
     module.get_amp_supported_dtype = lambda: []
     module.Event = Event
+    module.current_stream = torch.accelerator.current_stream
+    module.ExternalStream = external_stream
+    module.stream = use_stream
     # Random numbers come from the CPU's generator.
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None

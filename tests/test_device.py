@@ -7,12 +7,14 @@ they also make all other tests run there.
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import math
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -87,20 +89,57 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def new_graph() -> Any:
-    return emulation.Graph() if FAKE else torch.cuda.CUDAGraph()
+def new_graph(keep_graph: bool = False) -> Any:
+    """With ``keep_graph``, one whose nodes() can be counted."""
+    return emulation.Graph() if FAKE else torch.cuda.CUDAGraph(keep_graph)
 
 
 @contextmanager
-def capture(graph: Any) -> Iterator[None]:
+def capture(graph: Any, share: Any = None) -> Iterator[None]:
+    """In memory of the graph's own, or in that of another graph's."""
     if FAKE:
-        with graph.capture():
+        with graph.capture(share):
             yield
         return
     something = torch.zeros(1, device=DEVICE)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=None if share is None else share.pool()):
         something.add_(1)  # torch warns of empty graphs, also in place of an error
         yield
+
+
+def nodes(graph: Any) -> int:
+    """Kernels and copies that a replay takes."""
+    if FAKE:
+        return graph.nodes()
+    count = ctypes.c_size_t()
+    handle = ctypes.c_void_p(graph.raw_cuda_graph())
+    assert ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0
+    return count.value - 1  # capture() adds one
+
+
+def tables_of_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Returns a function that counts those in memory, of the graphs captured from now on."""
+    tables = []
+
+    def spy(*arguments: Any) -> Tensor:
+        tensor = allocate(*arguments)
+        tables.append(weakref.ref(tensor))
+        return tensor
+
+    allocate = device.allocate_for
+    monkeypatch.setattr(device, "allocate_for", spy)
+    return lambda: sum(table() is not None for table in tables)
+
+
+def becomes(count: Callable[[], int], expected: int, step: Callable[[], Any]) -> bool:
+    """Whether so many are left after a step. (CUDA tells with some delay that a graph is gone.)"""
+    gc.collect()
+    step()
+    give_up = time.monotonic() + 30
+    while not FAKE and count() > expected and time.monotonic() < give_up:
+        time.sleep(0.01)
+        step()
+    return count() == expected
 
 
 def mixed_params() -> list[Parameter]:
@@ -362,26 +401,225 @@ def test_windows_across_the_edge_of_a_graph_are_refused() -> None:
     assert torch.equal(param.detach(), before - 1)
 
 
+@table(
+    "options, dtypes, expected",
+    {
+        "plain": ({}, [torch.float32], 1),
+        "16_bits": ({}, [torch.float32, torch.bfloat16, torch.float16], 1),
+        "norm": ({"max_grad_norm": 1.0}, [torch.float32], 2),
+        "all": (EVERYTHING, [torch.bfloat16], 2),
+        "float64": ({"max_grad_norm": 1.0}, [torch.float32, torch.float64], 4),
+        "rules": ({"amsgrad": True}, [torch.float32], 2),
+    },
+)
+def test_a_replay_is_a_launch(
+    options: dict[str, Any], dtypes: list[torch.dtype], expected: int
+) -> None:
+    """For each rule and arithmetic type, and one more for the norm: nothing else is in a graph."""
+    params = [Parameter(torch.ones(i % 5, dtype=dtype)) for dtype in dtypes for i in range(1000)]
+    options = dict(options)
+    groups = [{"params": params[::2], "amsgrad": options.pop("amsgrad", False)}]
+    optimizer = fusedopt.AdamW([*groups, {"params": params[1::2]}], **options)
+    set_grads(params, 0)
+    optimizer.step()
+    graph = new_graph(keep_graph=True)
+    with capture(graph):
+        optimizer.step()
+    assert nodes(graph) == expected
+
+
+def test_the_replay_of_a_window_is_a_launch_for_each_call() -> None:
+    params = make_params([(5,)] * 200)
+    optimizer = fusedopt.SGD(params, lr=1.0)
+    batches = [[torch.ones_like(p) for p in params] for _ in range(3)]
+    graph = new_graph(keep_graph=True)
+
+    def window() -> None:
+        for call, batch in zip(2 * [optimizer.accumulate] + [optimizer.step], batches, strict=True):
+            for p, grad in zip(params, batch, strict=True):
+                p.grad = grad
+            call()
+
+    window()
+    with capture(graph):
+        window()
+    assert nodes(graph) == 3
+
+
+def test_two_optimizers_in_one_graph() -> None:
+    """As many have, one for the matrices and one for all else."""
+    mine, theirs = make_params(), make_params()
+    ours, references = (
+        [
+            fusedopt.AdamW(params[::2], lr=0.1, max_grad_norm=1.0),
+            fusedopt.SGD(params[1::2], lr=0.1, momentum=0.9),
+        ]
+        for params in (mine, theirs)
+    )
+    graph = new_graph(keep_graph=True)
+    for turn in range(5):
+        set_grads(theirs, turn)
+        for p, q in zip(mine, theirs, strict=True):
+            p.grad = q.grad.clone() if p.grad is None else p.grad.copy_(q.grad)
+        if turn == 1:
+            with capture(graph):
+                for optimizer in ours:
+                    optimizer.step()
+        if turn:
+            graph.replay()
+        for optimizer in references if turn else (*ours, *references):
+            optimizer.step()
+    assert nodes(graph) == 3
+    for optimizer, reference in zip(ours, references, strict=True):
+        torch.testing.assert_close(contents_of(optimizer), contents_of(reference), rtol=0, atol=0)
+
+
+def test_a_graph_of_all_that_is_done_for_a_batch() -> None:
+    """Forward, backward, step; two such graphs in the same memory, which each writes anew."""
+    torch.manual_seed(0)
+    start = [torch.randn(30, 40) / 8, torch.randn(40), torch.randn(40, 3) / 8]
+    batches = [torch.randn(20, 30) for _ in range(2)]
+    runs = []
+    for replayed in (False, True):
+        weights = [Parameter(tensor.clone()) for tensor in start]
+        optimizer = fusedopt.AdamW(weights, lr=0.01, max_grad_norm=1.0)
+
+        def step(batch: Tensor) -> None:
+            optimizer.zero_grad()  # noqa: B023
+            first, bias, second = weights  # noqa: B023
+            hidden = torch.relu(batch @ first + bias)
+            loss = ((hidden @ second) ** 2).mean()
+            for size in range(9, 21):  # whatever a table's size is, here something lay before
+                loss = loss + 0 * loss.detach().expand(2 ** (size - 2)).clone().amax()
+            loss.backward()
+            optimizer.step()  # noqa: B023
+
+        for batch in batches:
+            step(batch)
+        graphs = [new_graph(), new_graph()]
+        if replayed:
+            optimizer.zero_grad()
+            for i, batch in enumerate(batches):
+                with capture(graphs[i], share=graphs[0] if i else None):
+                    step(batch)
+                optimizer.zero_grad()
+        for turn in (0, 1, 1, 0):
+            graphs[turn].replay() if replayed else step(batches[turn])
+        runs.append([w.detach() for w in weights])
+    torch.testing.assert_close(*runs)
+    assert not torch.equal(runs[0][0], start[0])
+
+
 def test_graphs_that_are_gone_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = []
-
-    def spy(*arguments: Any) -> Tensor:
-        tensor = allocate(*arguments)
-        memory.append(weakref.ref(tensor))
-        return tensor
-
-    allocate = device.allocate
-    monkeypatch.setattr(device, "allocate", spy)
+    tables = tables_of_graphs(monkeypatch)
     params = make_params()
     optimizer = fusedopt.SGD(params, lr=0.1)
     set_grads(params, 0)
     optimizer.step()
-    for _ in range(5):
-        with capture(new_graph()):
+    graphs = [new_graph() for _ in range(5)]
+    for graph in graphs:
+        with capture(graph):
             optimizer.step()
+    optimizer.step()
+    assert tables() == 5
+    del graph, graphs[:3]
+    assert becomes(tables, 2, optimizer.step)
+    graphs.clear()
+    assert becomes(tables, 0, optimizer.step)
+
+
+@only_fake
+def test_an_optimizer_that_is_gone_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of graphs that were gone before it."""
+    tables = tables_of_graphs(monkeypatch)
+    params = make_params()
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    set_grads(params, 0)
+    optimizer.step()
+    with capture(new_graph()):
+        optimizer.step()
+    assert tables() == 1
+    del optimizer
     gc.collect()
-    assert len(memory) == 7
-    assert sum(tensor() is not None for tensor in memory) == 3
+    assert tables() == 0
+
+
+def test_a_graph_outlives_its_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the parameters do: what a user does not see, the graph holds."""
+    tables = tables_of_graphs(monkeypatch)
+    params = make_params()
+    optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1e9)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    graph = new_graph()
+    with capture(graph):
+        optimizer.step()
+    del optimizer
+    gc.collect()
+    others = [torch.full((2**size,), 7.0) for size in range(5, 17) for _ in range(20)]
+    for _ in range(2):
+        graph.replay()
+    assert all(bool((other == 7).all()) for other in others)
+    for p, b in zip(params, before, strict=True):
+        assert torch.equal(p.detach(), b - 2)
+    assert tables() == 1
+    del graph
+    assert becomes(tables, 0, fusedopt.SGD(params, lr=1.0).step)
+
+
+def test_a_capture_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tables_of_graphs(monkeypatch)
+    twins = Twins(CLASSES[0]).step(2)
+
+    def step_and_fail() -> None:
+        twins.ours.step()
+        raise KeyError
+
+    with nothing_written(twins.ours), pytest.raises(KeyError), capture(new_graph()):
+        step_and_fail()
+    assert becomes(tables, 0, lambda: twins.step(1))
+    graph = new_graph()
+    with capture(graph):
+        twins.ours.step()
+    graph.replay()
+    twins.stock.step()
+    assert_same(*twins)
+
+
+@only_fake
+@pytest.mark.parametrize("captured", [False, True], ids=["as_usual", "captured"])
+def test_a_failure_between_devices_does_not_reach_a_replay(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is forgotten by the step that fails, as a replay cannot know of it."""
+    params = [Parameter(torch.ones(5, device=f"{DEVICE.type}:{i}")) for i in range(2)]
+    optimizer = fusedopt.SGD(params, lr=1.0, nonfinite="skip")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    graph, failed = new_graph(), new_graph()
+    with capture(graph):
+        optimizer.step()
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    for p in params:
+        p.grad.fill_(math.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "combine", fail)
+        place = capture(failed) if captured else nullcontext()
+        with pytest.raises(torch.OutOfMemoryError), place:
+            optimizer.step()
+    if captured:
+        failed.replay()
+    for p in params:
+        p.grad.fill_(1)
+    graph.replay()
+    assert int(optimizer.skipped_steps) == 0
+    assert all(bool((p == -1).all()) for p in params)
 
 
 @every_class
