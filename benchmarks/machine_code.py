@@ -8,10 +8,10 @@ load (spills and local arrays), static shared memory of a block, warps that fit 
 of sm_90, instructions in all, and in the main loop those of one trip, of --elements elements, and
 each class's part in them.
 
-The **main loop** is, of the loops that store to global memory, the one whose trip moves most bytes
-by 16 at a time; if none does so, the one with most floating-point arithmetic. (Not the one with most
-bytes: a loop over counters moves more.) What lies in a loop inside another one is the inner one's
-only.
+The **main loop** is, of the loops that calculate in floating point and store to global memory, the
+one whose trip moves most bytes by 16 at a time; if none moves any so, the one with most arithmetic.
+(Not the one with most bytes of any width: a loop over counters moves more.) What lies in a loop
+inside another one is the inner one's only.
 
 A **trip** is the way from the loop's head back to it that moves most bytes; of such ways one with
 fewest calls, and then fewest instructions. So a way of 16 bytes at a time is taken before one of 4
@@ -420,13 +420,14 @@ def main_trip(
         if trips:
             found.append((loop, max(trips, key=lambda trip: trip.bytes)))
 
-    def weight(pair: tuple[Loop, Trip]) -> tuple[int, int, int]:
+    def weight(pair: tuple[Loop, Trip]) -> tuple[int, int]:
         loop, trip = pair
         code = [i for at in loop.own.intersection(trip.blocks) for i in blocks[at].code]
         wide = sum(i.bytes for i in code if i.name in LOADS + STORES and i.bytes >= 16)
-        return wide, sum(i.kind == "arithmetic" for i in code), trip.bytes
+        arithmetic = sum(i.kind == "arithmetic" for i in code)
+        return wide if arithmetic else 0, arithmetic
 
-    return max(found, key=weight, default=None)
+    return max(found, key=weight, default=None)  # the first of those that weigh the same
 
 
 def demangle(names: list[str]) -> list[str]:
