@@ -299,9 +299,11 @@ def read_blocks(lines: list[str]) -> list[Block]:
         if found := LABEL.match(line):
             labels[found[1]] = len(code)
         elif found := INSTRUCTION.match(line):
-            assert int(found[1], 16) == len(code) * INSTRUCTION_BYTES, (
-                f"not understood, before {line}"
-            )
+            at = len(code) * INSTRUCTION_BYTES
+            if int(found[1], 16) != at:
+                raise ValueError(
+                    f"the instruction at {at:#x}, before {line.strip()}, is unreadable"
+                )
             code.append(Instruction(found[2] or "", found[3], found[4]))
 
     starts = {0, *labels.values(), *(n + 1 for n, i in enumerate(code) if i.name in JUMPS + ENDS)}
