@@ -1,4 +1,7 @@
-"""The CUDA kernels compile, and keep what they work on in registers. (``make resources``.)"""
+"""The CUDA kernels compile, and keep what they work on in registers; instructions are counted.
+
+``make resources`` shows the table.
+"""
 
 from __future__ import annotations
 
