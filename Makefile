@@ -7,7 +7,8 @@
 #   make plots      draw benchmarks/results/*.json anew
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
-#   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
+#   make resources  compile the CUDA kernels, list their registers and count their instructions
+#                   (needs nvcc, no GPU)
 #   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA;
 #                   PARTS: only these, such as "bench pipeline")
 #   make docs       the documentation's site, in build/site
