@@ -8,8 +8,8 @@
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels and list their registers (needs nvcc, no GPU)
-#   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA;
-#                   PARTS: only these, such as "bench pipeline")
+#   make gpu-report build, look, measure and test on a CUDA GPU, in two short calls (PYTHON: one with
+#                   torch for CUDA; PARTS: second, or parts by name, such as "bench pipeline")
 #   make docs       the documentation's site, in build/site
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
