@@ -55,8 +55,11 @@ SANITIZED = [
         "gradients_that_come_and_go",
     )
 ]
-# Not of a device; and "device" itself, which looks at all that is in the GPU's memory, alone.
-NOT_SIDE_BY_SIDE = ("benchmarks", "core", "cuda_build", "demo", "docs", "package", "device")
+# Of no device, whatever the default; and "device" itself, which looks at all of a GPU's memory.
+NOT_SIDE_BY_SIDE = (
+    *("benchmarks", "core", "cuda_build", "demo", "docs", "package", "parity_command"),
+    "device",
+)
 
 ALWAYS = ("gpu", "build")
 SETS = {

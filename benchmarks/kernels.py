@@ -94,8 +94,10 @@ def turned(text: str) -> list[list[str]]:
 
 
 def kernel_names(figures: list[list[str]]) -> list[str]:
+    """Without namespaces and arguments."""
     (names,) = (row[2:] for row in figures if row[0] == "Kernel Name")
-    return [re.sub(r"\w+::|\(.*\)$", "", name) for name in names]
+    plain = (re.sub(r"^void |\(anonymous namespace\)::|\w+::", "", name) for name in names)
+    return [re.sub(r"\([^()]*\)$", "", name) for name in plain]
 
 
 def profile(ncu: str, kinds: Sequence[str], device: torch.device, output: Path | None) -> None:
