@@ -23,8 +23,9 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Those of `fusedopt bench`.
 RESULTS := $(wildcard benchmarks/results/c*.json)
 
-ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
-	options precision profiling robust scaler))
+ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average averaging best_weights \
+	checks clip device dropin ensemble momentum options precision profiling range_test robust scaler \
+	textbook))
 
 # One architecture is enough to develop with; wheels get all (setup.py).
 export FUSEDOPT_CUDA_ARCHS ?= 90
