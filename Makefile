@@ -9,8 +9,8 @@
 #   make sanitize   the C++ core's tests under AddressSanitizer and UBSan
 #   make resources  compile the CUDA kernels, list their registers and count their instructions
 #                   (needs nvcc, no GPU)
-#   make gpu-report build, test and measure on a CUDA GPU (PYTHON: one with torch for CUDA;
-#                   PARTS: only these, such as "bench pipeline")
+#   make gpu-report build, look, measure and test on a CUDA GPU, in two short calls (PYTHON: one with
+#                   torch for CUDA; PARTS: second, or parts by name, such as "bench pipeline")
 #   make docs       the documentation's site, in build/site
 #   make wheel      build/dist/*.whl and the source archive
 #   make clean      remove all that make has made
@@ -24,8 +24,9 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 # Those of `fusedopt bench`.
 RESULTS := $(wildcard benchmarks/results/c*.json)
 
-ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average clip device dropin momentum \
-	options precision profiling robust scaler))
+ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average averaging best_weights \
+	checks clip device dropin ensemble momentum options precision profiling range_test robust scaler \
+	textbook))
 
 # One architecture is enough to develop with; wheels get all (setup.py).
 export FUSEDOPT_CUDA_ARCHS ?= 90

@@ -16,6 +16,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -55,6 +56,15 @@ X86_KERNELS = {
 CUDA_KERNEL = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 CUDA_ARCHS = "75,80,86,89,90,100,120"
 CUDA_OLDEST = (12, 4)
+
+
+def sources_digest() -> str:
+    """Of all that the extension is made from; the extension has it as ``SOURCES``."""
+    digest = hashlib.sha256()
+    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").iterdir())]:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def find_nvcc() -> str | None:
@@ -201,6 +211,7 @@ class BuildExt(build_ext):
         python = ["-isystem", include, "-isystem", pybind11.get_include()]
         flags = {
             **{f"{name}.cpp": python for name in PYTHON_SOURCES},
+            "bind.cpp": [*python, f'-DFUSEDOPT_SOURCES="{sources_digest()}"'],
             **{f"{name}.cpp": [] for name in SOURCES},
             **({} if nvcc else {"no_cuda.cpp": []}),
             **{source: KERNEL + isa for source, isa in kernels.items()},

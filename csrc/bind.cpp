@@ -10,6 +10,10 @@
 #include "pytensor.h"
 #include "stepper.h"
 
+#ifndef FUSEDOPT_SOURCES  // of a build that setup.py has not made
+#define FUSEDOPT_SOURCES ""
+#endif
+
 PYBIND11_MODULE(_C, m) {
   using namespace fusedopt;
   m.doc() = "fusedopt's kernels; see _C.pyi.";
@@ -27,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_not_capturing", &check_not_capturing, py::arg("device"));
   m.def("family_states", &family_states, py::arg("family"));
   m.attr("BLOCK") = kBlock;
+  m.attr("SOURCES") = FUSEDOPT_SOURCES;
   py::dict words;
   words["total"] = offsetof(DeviceControl, total) / 8;
   words["nonfinite"] = offsetof(DeviceControl, nonfinite) / 8;

@@ -39,6 +39,7 @@ def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
 BLOCK: int
+SOURCES: str
 """The elements that share a scale in 8-bit state."""
 
 def close_windows(state: dict[torch.Tensor, Any]) -> None:

@@ -31,11 +31,13 @@ def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None
 @torch.no_grad()
 def disturb(model: nn.Module, step: int) -> None:
     """Something like a step and a forward pass."""
-    generator = torch.Generator().manual_seed(step + 1)
+    generator = torch.Generator("cpu").manual_seed(step + 1)
     for _, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() or tensor.is_complex():
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            tensor.add_(noise.to(tensor.dtype), alpha=0.1)
+            noise = torch.randn(
+                tensor.shape, generator=generator, dtype=torch.float64, device="cpu"
+            )
+            tensor.add_(noise.to(tensor.device, tensor.dtype), alpha=0.1)
         elif tensor.dtype == torch.bool:
             tensor.logical_not_()
         else:

@@ -22,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
         import emulation
 
         emulation.install()
+    if device == "cuda":  # what torch does about it is all that there is to do
+        about = "Attempting to run cuBLAS, but there was no current CUDA context"
+        config.addinivalue_line("filterwarnings", f"ignore:{about}")
     if device != "cpu":
         import torch
 

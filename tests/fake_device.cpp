@@ -5,6 +5,7 @@
 #define AT_PER_OPERATOR_HEADERS
 #include "fake_device.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceGuard.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -285,12 +286,21 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
 
+// One of the CPU, as which it goes to the operators that run there.
+struct Generator final : at::CPUGeneratorImpl {
+  explicit Generator(c10::DeviceIndex index) { be(fake(index < 0 ? current_device : index)); }
+  void be(c10::Device device) { device_ = device; }
+};
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return kDevices; }
   c10::DeviceIndex getCurrentDevice() const override { return current_device; }
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
+    return at::make_generator<Generator>(index);
+  }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     const OnDevice on_device;
     const c10::DeviceGuard guard(storage.device());
@@ -398,7 +408,12 @@ void repeat(const c10::OperatorHandle& op, torch::jit::Stack stack,
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   struct Scope {
     const bool outer = std::exchange(in_fallback, true);
-    ~Scope() { in_fallback = outer; }
+    at::Generator generator;
+    c10::Device device = at::kCPU;
+    ~Scope() {
+      in_fallback = outer;
+      if (generator.defined()) generator.get<Generator>()->be(device);
+    }
   };
   if (op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape)) {
     ++synchronizations;
@@ -410,7 +425,16 @@ void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   torch::jit::Stack arguments;
   if (graph != nullptr) arguments = on_host(torch::jit::last(*stack, schema.arguments().size()));
   {
-    const Scope scope;
+    Scope scope;
+    for (const c10::IValue& argument : torch::jit::last(*stack, schema.arguments().size())) {
+      if (!argument.isGenerator()) continue;
+      const at::Generator generator = argument.toGenerator();
+      TORCH_CHECK(generator.device().is_privateuseone(), "a generator of the device ",
+                  generator.device(), " for a fake one, which CUDA would refuse");
+      scope.generator = generator;
+      scope.device = generator.device();
+      generator.get<Generator>()->be(at::kCPU);
+    }
     at::native::cpu_fallback(op, stack, true);
   }
   if (graph == nullptr) return;

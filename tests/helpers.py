@@ -46,6 +46,7 @@ def not_on_fake(lack: str) -> pytest.MarkDecorator:
 needs_host_memory = pytest.mark.skipif(DEVICE.type != "cpu", reason="of memory that is the host's")
 needs_sparse = not_on_fake("no sparse tensors")
 needs_zero_tensors = not_on_fake("no tensors without memory")  # torch's stand-ins for zeros
+needs_running_statistics = not_on_fake("no batch norm that writes its running statistics")
 
 SHAPES = [(4, 3), (17,), (), (2, 3, 2, 2)]
 

@@ -8,10 +8,12 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
@@ -35,8 +38,14 @@ from fusedopt.bench import (
     race,
     report,
 )
-from fusedopt.bench.contenders import CONTENDERS, OPTIMIZERS, Case, Gradients, Peer
+from fusedopt.bench.contenders import CONTENDERS, CPU, OPTIMIZERS, Case, Gradients, Peer
+from fusedopt.extension import kernels
 from fusedopt.models import MODELS, Model, find
+
+pytestmark = pytest.mark.skipif(
+    DEVICE.type != "cpu",
+    reason="measures on the CPU, whose step counters torch puts on the default device",
+)
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = Model("small", ((5, 3), (200,), ()))
@@ -221,7 +230,7 @@ def test_the_copy_moves_as_many_bytes_as_a_step(monkeypatch: pytest.MonkeyPatch)
     for at_once in (500, 1 << 30):
         monkeypatch.setattr(contenders, "COPIED_AT_ONCE", at_once)
         with Copied() as copied:
-            contenders._copy(case)()
+            contenders.copy(case.bytes_per_step, case.device)()
         assert 2 * copied.count == case.bytes_per_step
 
 
@@ -938,7 +947,7 @@ def test_the_gpu_report_asks_for_what_there_is(tmp_path: Path) -> None:
     parity_command.add_command(commands)
     for part, (line, seconds) in load_gpu_report().parts(tmp_path).items():
         assert seconds > 0
-        if "fusedopt" in line and "info" not in line:
+        if "fusedopt" in line:
             assert "cuda" in line
             here = ["cpu" if word == "cuda" else word for word in line]
             options = parser.parse_args(here[here.index("fusedopt") + 1 :])
@@ -950,18 +959,85 @@ def test_the_gpu_report_asks_for_what_there_is(tmp_path: Path) -> None:
                 assert (BENCHMARKS.parent / argument).exists()
 
 
+def test_a_gpu_report_is_a_few_files(tmp_path: Path) -> None:
+    """Of each set of parts, also where someone can fetch eight files and no more."""
+    module = load_gpu_report()
+    known = module.parts(tmp_path)
+    for parts in module.SETS.values():
+        words = [word for part in parts for word in known[part][0]]
+        assert len(parts) == len({word for word in parts} & known.keys())
+        assert len([word for word in words if word.startswith(str(tmp_path))]) + 2 <= 8
+
+
+def test_the_sanitizer_runs_tests_that_there_are() -> None:
+    wanted = load_gpu_report().SANITIZED
+    options = ("--collect-only", "-o", "addopts=", "-p", "no:cacheprovider")
+    paths = [str(BENCHMARKS.parent / test) for test in wanted]
+    listed = run("-m", "pytest", *options, "-q", *paths).stdout.splitlines()
+    assert listed[: len(wanted)] == wanted
+
+
+def test_an_extension_is_in_place_when_it_is_of_these_sources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = load_gpu_report()
+    folder = Path(fusedopt.__file__).parent
+    arch, digest = kernels.cuda_architectures().split(",")[0], kernels.SOURCES
+    assert digest == module.sources()
+    assert module.in_place(arch, digest)
+    assert not module.in_place("33", digest, folder)
+    assert not module.in_place(arch, "another", folder)
+    assert not module.in_place(arch, digest, tmp_path)
+    before = module.sources()
+    for name in ("setup.py", "csrc/rules.h"):
+        copied = tmp_path / name.replace("/", "-")
+        shutil.copytree(folder.parent / "csrc", copied / "csrc")
+        shutil.copy(folder.parent / "setup.py", copied)
+        monkeypatch.setattr(module, "ROOT", copied)
+        assert module.sources() == before
+        with (copied / name).open("a") as file:
+            file.write("\n")
+        assert module.sources() != before
+
+
+def test_which_gpu_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load_gpu_report()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module.first_gpu() == {}
+    with pytest.raises(SystemExit, match="no GPU here"):
+        module.main(["smoke"])
+    for answer, found in {
+        "9.0, 580.1.2, GPU, of some kind\n8.0, 1, B": ("90", "580.1.2", "GPU, of some kind"),
+        "NVIDIA-SMI has failed": None,
+    }.items():
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        names = ("arch", "driver", "gpu")
+        assert module.first_gpu() == (dict(zip(names, found, strict=True)) if found else {})
+
+
 def gpu_report(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, known: dict[str, tuple[list[str], int]], *names
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    known: dict[str, tuple[list[str], int]],
+    *names: str,
+    built: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """What a report of these parts exits with, and how they ended."""
     module = load_gpu_report()
-    monkeypatch.setattr(module, "architecture", lambda: "90")
+    monkeypatch.setattr(module, "first_gpu", lambda: {"arch": "90", "driver": "1", "gpu": "A GPU"})
+    monkeypatch.setattr(module, "in_place", lambda *_: built)
     monkeypatch.setattr(module, "parts", lambda _: known)
     monkeypatch.setattr(module, "GRACE", 1)
     monkeypatch.setenv("GPU_REPORT_DIR", str(folder))
     with pytest.raises(SystemExit) as stopped:
         module.main(list(names))
-    return stopped.value.code, json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    assert (
+        report["of"].items() >= {"driver": "1", "gpu": "A GPU", "torch": torch.__version__}.items()
+    )
+    assert report["of"].keys() >= {"date", "commit", "sources"}
+    return stopped.value.code, report["parts"]
 
 
 def python(code: str, seconds: int = 20) -> tuple[list[str], int]:
@@ -969,48 +1045,254 @@ def python(code: str, seconds: int = 20) -> tuple[list[str], int]:
 
 
 def test_a_gpu_report_goes_on_after_failures(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, ended = gpu_report(
-        monkeypatch,
-        tmp_path / "new" / "folder",
-        {
-            "build": python("import os; print(os.environ['FUSEDOPT_CUDA_ARCHS'])"),
-            "fails": python("print('why'); raise SystemExit(3)"),
-            "missing": (["no-such-program"], 20),
-            "slow": python("import time; print('begun', flush=True); time.sleep(60)", 1),
-            "good": python("print('fine')"),
-        },
-    )
+    folder = tmp_path / "new" / "folder"
+    known = {
+        "build": python("import os; print(os.environ['FUSEDOPT_CUDA_ARCHS'])"),
+        "fails": python("print('why'); raise SystemExit(3)"),
+        "missing": (["no-such-program"], 20),
+        "slow": python("import time; print('begun', flush=True); time.sleep(60)", 1),
+        "bars": python(
+            f"open({str(folder / 'bars.json')!r}, 'w').write('{{\"table\": [\"777\"]}}')"
+        ),
+    }
+    code, ended = gpu_report(monkeypatch, folder, known, *known)
     assert code
     assert {name: (part["ended"], part["last line"]) for name, part in ended.items()} == {
         "build": ("passed", "90"),
         "fails": ("failed (3)", "why"),
         "missing": (ended["missing"]["ended"], ""),
         "slow": ("stopped after 1 s", ended["slow"]["last line"]),
-        "good": ("passed", "fine"),
+        "bars": ("passed", ""),
     }
     assert "no-such-program" in ended["missing"]["ended"]
     assert "begun" in ended["slow"]["output"]
-    log = (tmp_path / "new" / "folder" / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
     assert "why" in log
-    assert "fine" in log
+    assert "begun" in log
+    out = capsys.readouterr().out
+    assert out.index("==== fails\nwhy") < out.index("\n777\n") < out.rindex("stopped after 1 s")
 
 
 def test_a_gpu_report_of_some_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    known = {name: python("print(1)") for name in ("gpu", "build", "one", "two", "info")}
-    code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
+    known = {name: python("print(1)") for name in ("gpu", "build", "one", "two", "three")}
+    code, ended = gpu_report(monkeypatch, tmp_path, known, "two", "one", "two")
     assert not code
-    assert list(ended) == ["gpu", "build", "two", "info"]
+    assert list(ended) == ["gpu", "build", "two", "one"]
     known["build"] = python("raise SystemExit(1)")
     code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
     assert code
     assert ended["two"]["ended"] == "not run: no build"
+    code, ended = gpu_report(monkeypatch, tmp_path, known, "two", built=True)
+    assert not code
+    assert ended["build"]["last line"].startswith("in place")
     monkeypatch.setenv("GPU_REPORT_SECONDS", "0")
     code, ended = gpu_report(monkeypatch, tmp_path, known, "two")
     assert ended["two"]["ended"] == "no time was left"
-    with pytest.raises(SystemExit, match="no part 'three'; there are gpu, build, one"):
-        load_gpu_report().chosen(["three"], known)
+    module = load_gpu_report()
+    with pytest.raises(
+        SystemExit, match="no part 'four'; there are first, second, gpu, build, one"
+    ):
+        module.chosen(["four"], known)
+    assert module.chosen([], module.parts(tmp_path)) == ["gpu", "build", *module.SETS["first"]]
+
+
+# --- The scripts of the report, on an emulated GPU ----------------------------------------------
+
+
+def part_of_report(name: str, folder: Path, *more: str) -> str:
+    """What the report's own command prints, with these arguments after it."""
+    (_, script, *words), _ = load_gpu_report().parts(folder)[name]
+    words = [word for word in words if word not in ("--device", "cuda")]
+    root = BENCHMARKS.parent
+    done = run(str(root / script), *words, "--device", "fake", *more, path=str(root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_smoke_finds_all_right(tmp_path: Path) -> None:
+    kept = "bfloat16 with remainder, state in 8 bits"
+    printed = part_of_report("smoke", tmp_path, "--tensors", "5", "--format", kept)
+    assert f"{kept}: 10 combinations are right" in printed
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_smoke_finds_what_is_wrong(
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Here the CPU is in the place of the GPU."""
+    smoke = script("smoke")
+    shapes = smoke.Shapes(((5, 3), (2000,), (7,)))
+
+    def check(name: str, rule: str = "AdamW", clip: bool = False, **more: Any) -> int:
+        return smoke.check(name, rule, more, clip, shapes, CPU)
+
+    def skips_one(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        smoke.eager(model, optimizer)
+        with torch.no_grad():
+            model.params[1][1999] += 1e-3
+
+    monkeypatch.setattr(smoke, "on_a_side_stream", smoke.eager)
+    monkeypatch.setattr(smoke, "replayed", smoke.eager)
+    for name in smoke.FORMATS:
+        assert check(name, clip=True, ema_decay=0.5) == 0
+    for rule in smoke.RULES:
+        assert check("bfloat16 with remainder", rule, clip=True) == 0
+    monkeypatch.setattr(smoke, "replayed", skips_one)
+    where = r"replayed: weight: 1 of 2022 elements are wrong; the first is element 1999 of param"
+    with pytest.raises(smoke.MismatchError, match=where):
+        check("float32")
+    monkeypatch.setattr(smoke, "replayed", smoke.eager)
+    monkeypatch.setattr(smoke, "torchs", lambda *_: torch.zeros(2022))
+    with pytest.raises(smoke.MismatchError, match="AdamW, float32, clipped, against torch: weight"):
+        check("float32", clip=True)
+    whole_check = smoke.check
+    monkeypatch.setattr(smoke, "check", lambda *of: whole_check(*of[:-2], shapes, CPU))
+    with pytest.raises(SystemExit, match="smoke: MISMATCH: AdamW, float32, against torch"):
+        smoke.main([])
+    assert "are right" not in capsys.readouterr().out
+
+
+def test_what_smoke_takes_for_the_same(script: Callable[[str], ModuleType]) -> None:
+    smoke = script("smoke")
+    shapes = smoke.Shapes(((5000,), (3,)))
+    usual = torch.ones(5003)
+
+    def differ(changed: dict[int, float], tight: Any, coarse: Any, dtype: Any = None) -> int:
+        values = usual.clone()
+        for at, value in changed.items():
+            values[at] = value
+        found, expected = values.to(dtype or usual.dtype), usual.to(dtype or usual.dtype)
+        return smoke.compare("it", shapes, found, expected, tight, coarse)
+
+    few, many = ({i: 1.01 for i in range(n)} for n in (5, 6))
+    assert differ({5001: 1 + 1e-6}, smoke.TIGHT, None) == 1
+    assert differ(few, smoke.TIGHT, (0.1, 0.1)) == 5
+    assert differ({i: 2 for i in range(5)}, smoke.TIGHT, (0.1, 0.1), torch.uint8) == 5
+    for arguments in (
+        ({5001: 1 + 1e-6}, None, None),
+        ({5001: 1.01}, smoke.TIGHT, None),
+        ({5001: math.nan}, smoke.TIGHT, (0.1, 0.1)),
+        ({5001: 1.3}, smoke.TIGHT, (0.1, 0.1)),
+        (many, smoke.TIGHT, (0.1, 0.1)),
+        ({0: 2}, smoke.TIGHT, None, torch.uint8),
+    ):
+        with pytest.raises(smoke.MismatchError, match=r"it: \d of 5003 elements are wrong"):
+            differ(*arguments)
+    with pytest.raises(smoke.MismatchError, match="element 1 of parameter 1, \\[3\\]: nan, not 1"):
+        differ({5001: math.nan}, None, None)
+    zeros = torch.zeros(1), -torch.zeros(1)
+    with pytest.raises(smoke.MismatchError, match=r"number 0: 0\.0, not -0\.0"):
+        smoke.compare("it", shapes, *zeros, None, None)
+    with pytest.raises(smoke.MismatchError, match="float64, not"):
+        smoke.compare("it", shapes, usual.double(), usual, smoke.TIGHT, None)
+
+
+def test_bars_are_measured_and_told(tmp_path: Path) -> None:
+    races = ("1000 tensors", "float32, state in 8 bits", "float32, clipped")
+    printed = part_of_report("bars", tmp_path, "--race", *races)
+    found = json.loads((tmp_path / "bars.json").read_text())
+    assert found["table"] == printed.splitlines()[-len(found["table"]) :]
+    assert [bar["race"] for bar in found["bars"]] == [
+        *(races[0], races[0]), *(races[1], races[1]), races[2],
+    ]  # fmt: skip
+    for row in found["results"]:
+        for name, times in row["contenders"].items():
+            assert times["device_ms"]["median"] > 0, name
+            assert times["whole_ms"]["median"] > 0, name
+            assert times["host_ms"] > 0, name
+    assert "ours, replayed" in found["results"][0]["contenders"]
+    assert found.keys() >= {"date", "commit", "versions"}
+
+
+def test_bars_are_passed_or_short(
+    script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    bars = script("bars")
+
+    def times(device: float, whole: float) -> Any:
+        return bars.Times(*(measure.Timing({0: t, 1: t}, 2) for t in (device, whole)), 1.0)
+
+    measured = {"ours": times(1.0, 8.0), "torch fused": times(4.0, 8.0), "copy": times(0.9, 3.0)}
+
+    def told(*bar: Any) -> tuple[str, float]:
+        judged = bars.judge("race", bars.Bar("it", *bar), measured)
+        assert bars.line(judged).split()[0] == judged["verdict"] or not judged["verdict"]
+        return judged["verdict"], judged["value"]["median"]
+
+    assert told("copy", "device", 0.9) == ("pass", 0.9)
+    assert told("copy", "device", 0.91) == ("short", 0.9)
+    assert told("torch fused", "whole", 1.5) == ("short", 1.0)
+    assert told("torch fused", "device") == ("", 4.0)
+    assert told("torch fused", "device", 4.5, "copy") == ("short", pytest.approx(4 / 0.9))
+
+    def measured_or_not(race: Any, *_: Any) -> Any:
+        if race.graph:
+            raise torch.OutOfMemoryError("no memory\nat all")
+        return measured
+
+    monkeypatch.setattr(bars, "measure", measured_or_not)
+    monkeypatch.setattr(bars.machine, "environment", lambda _: {"commit": None})
+    monkeypatch.setattr(bars.machine, "describe", lambda _: "a machine")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setenv("GPU_REPORT_COMMIT", "of today")
+    path = tmp_path / "bars.json"
+    with pytest.raises(SystemExit):
+        bars.main(["--json", str(path), "--race", "1000 tensors", "float32"])
+    found = json.loads(path.read_text())
+    assert found["commit"] == "of today"
+    assert found["table"][0] == "FAILED 1000 tensors: OutOfMemoryError: no memory"
+    assert found["table"][1].split()[:2] == ["short", "float32"]
+    assert capsys.readouterr().out.endswith("\n".join(found["table"]) + "\n")
+    with pytest.raises(SystemExit):
+        bars.main(["--json", str(path), "--seconds", "-1"])
+    assert len(json.loads(path.read_text())["table"]) == len(bars.RACES)
+
+
+# As Nsight Compute writes it with --csv --page raw: names, units, a line for each kernel.
+PROFILED = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Grid Size","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","","ns","register/thread"
+"0","7","void fusedopt::cuda::norm<float>(fusedopt::Table)","(9, 1, 1)","1,234.5","80"
+"1","7","void fusedopt::(anonymous namespace)::update<(fusedopt::Rule)3, float>(Table)","","2","96"
+"""
+
+
+def test_what_the_profiler_says(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """The steps are taken on the emulated GPU, under a program that says what a profiler would."""
+    ncu, sample = tmp_path / "ncu", tmp_path / "sample"
+    sample.write_text(PROFILED)
+    ncu.write_text(
+        f"#!{sys.executable}\n"
+        "import shutil, subprocess, sys\n"
+        "words = sys.argv\n"
+        f"shutil.copy({str(sample)!r}, words[words.index('--log-file') + 1])\n"
+        "steps = words[words.index(sys.executable):] + ['--model', '3x100']\n"
+        "sys.exit(subprocess.run(steps).returncode)\n"
+    )
+    ncu.chmod(0o755)
+    printed = part_of_report("ncu", tmp_path, "--ncu", str(ncu), "--kind", "float32", "bfloat16")
+    assert printed.splitlines()[:2] == ["float32", "bfloat16"]
+    with (tmp_path / "kernels.csv").open() as file:
+        rows = {row[0]: row[1:] for row in csv.reader(file)}
+    assert rows["steps"] == ["float32; bfloat16"]
+    assert rows.keys() >= {"date", "commit", "gpu", "driver", "torch"}
+    assert rows["kernel"] == ["", "norm<float>", "update<(Rule)3, float>"]
+    assert rows["gpu__time_duration.sum"] == ["ns", "1,234.5", "2"]
+    assert "launch__registers_per_thread" in printed
+    with pytest.raises(ValueError, match="of no kernel"):
+        script("kernels").turned("==PROF== No kernels were profiled.\n")
 
 
 def test_a_gpus_figures(monkeypatch: pytest.MonkeyPatch) -> None:

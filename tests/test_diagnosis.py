@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import table
+from helpers import DEVICE, table
 from torch import nn
 
 import fusedopt
@@ -207,16 +207,18 @@ def test_a_sick_curve_has_its_finding_and_no_other(row: Any, seed: int) -> None:
 
 
 def trained(lr: float, seed: int) -> History:
-    """A small classifier's first 200 steps."""
+    """A small classifier's first 200 steps, from numbers of the CPU's generator."""
     torch.manual_seed(seed)
-    layers = [nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
-    model = nn.Sequential(*layers)
+    with torch.device("cpu"):
+        layers = [nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+        x = torch.randn(1024, 20)
+        y = (x @ torch.randn(20, 10)).argmax(1)
+        picks = torch.randint(0, 1024, (200, 32))
+    model = nn.Sequential(*layers).to(DEVICE)
     optimizer = fusedopt.AdamW(model.parameters(), lr=lr)
-    x = torch.randn(1024, 20)
-    y = (x @ torch.randn(20, 10)).argmax(1)
+    x, y, picks = (tensor.to(DEVICE) for tensor in (x, y, picks))
     history = History()
-    for step in range(200):
-        pick = torch.randint(0, 1024, (32,))
+    for step, pick in enumerate(picks):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x[pick]), y[pick])
         loss.backward()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import DEVICE
 
 from fusedopt import schedule
 from fusedopt.options import ARGUMENTS
@@ -25,6 +26,7 @@ def name_of(document: Path) -> str:
     return document.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="documents speak of the CPU, unless they say so")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_code_runs(document: Path) -> None:
     """All blocks of a document, one after the other, as a reader would paste them."""

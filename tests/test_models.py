@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import needs_sparse
 from torch import nn
 
 from fusedopt.models import MODELS, ModelError, find, from_factory, from_file
@@ -145,6 +146,7 @@ def test_tied_weights_count_once(tmp_path: Path, zipped: bool) -> None:
     assert from_file(path).shapes == ((50, 8), (8,), (8,))
 
 
+@needs_sparse
 def test_sparse_tensors_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.eye(3, device="cpu").to_sparse()}, tmp_path / "a.pt")
     with pytest.raises(ModelError, match=r"a\.pt: has a tensor that is not dense \(sparse_coo\)"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import table
+from helpers import random_tensor, table
 
 import fusedopt
 from fusedopt import __main__, parity
@@ -191,7 +191,7 @@ def state_in_float32(param: Any, state: Any) -> None:
 
 
 def a_little_noise(param: Any, state: Any) -> None:
-    param += 1e-12 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    param += 1e-12 * random_tensor(param.shape, param.dtype, 0).to(param.device)
 
 
 FAULTS = {

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SETTLED, classes, contents_of, every_class, make_params, set_grads, table
+from helpers import (
+    DEVICE,
+    SETTLED,
+    classes,
+    contents_of,
+    every_class,
+    make_params,
+    set_grads,
+    table,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -344,10 +353,11 @@ def test_training_with_coarse_state_ends_where_float32_ends(name: str) -> None:
     losses = {}
     for state_dtype in (None, BF16, torch.uint8):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(),
-            torch.nn.Linear(64, 2),
-        )  # fmt: skip
+        with torch.device("cpu"):  # the same numbers everywhere
+            model = torch.nn.Sequential(
+                torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(),
+                torch.nn.Linear(64, 2),
+            ).to(DEVICE)  # fmt: skip
         ours = getattr(fusedopt, name)(
             model.parameters(), lr=lr, state_dtype=state_dtype, max_grad_norm=1.0, **options
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -613,9 +614,10 @@ def test_plot() -> None:
 
 def task() -> tuple[Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(512, 20, generator=generator)
-    scores = x @ torch.randn(20, 10, generator=generator)
-    return x, (scores + 2 * torch.randn(512, 10, generator=generator)).argmax(1)
+    draw = functools.partial(torch.randn, generator=generator, device="cpu")
+    x = draw(512, 20)
+    scores = x @ draw(20, 10)
+    return x.to(DEVICE), (scores + 2 * draw(512, 10)).argmax(1).to(DEVICE)
 
 
 def learner(seed: int, make: Callable[..., Any], lr: float) -> tuple[Any, Any]:
@@ -627,7 +629,7 @@ def learner(seed: int, make: Callable[..., Any], lr: float) -> tuple[Any, Any]:
 def minibatches(seed: int, number: int) -> list[tuple[Tensor, Tensor]]:
     x, y = task()
     generator = torch.Generator("cpu").manual_seed(seed)
-    picks = [torch.randint(0, 512, (16,), generator=generator) for _ in range(number)]
+    picks = [torch.randint(0, 512, (16,), generator=generator, device="cpu") for _ in range(number)]
     return [(x[pick], y[pick]) for pick in picks]
 
 

@@ -214,18 +214,18 @@ def _our_optimizer(case: Case, gradients: Gradients) -> FusedOptimizer:
 def _limit(case: Case, gradients: Gradients) -> Step:
     """As many bytes, and nothing computed of use."""
     if case.device.type != "cpu":
-        return _copy(case)
+        return copy(case.bytes_per_step, case.device)
     # Our own step with another rule, which reads and writes the same.
     ours = _our_optimizer(case, gradients)
     ours.step()  # SGD's state is not initialised before
     return functools.partial(ours._fused_step, stream=True)
 
 
-def _copy(case: Case) -> Step:
-    """Half the bytes are read and half are written."""
-    whole, rest = divmod(case.bytes_per_step // 2, COPIED_AT_ONCE)
+def copy(moved: int, device: torch.device) -> Step:
+    """A copy within a device's memory that moves so many bytes: half are read, half written."""
+    whole, rest = divmod(moved // 2, COPIED_AT_ONCE)
     size = COPIED_AT_ONCE if whole else rest
-    source = torch.zeros(size, dtype=torch.uint8, device=case.device)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def step() -> None:
