@@ -128,11 +128,10 @@ FUSEDOPT_ELEMENT inline double multiply_add(double a, double b, double c) { retu
 
 // (1 - weight) * from + weight * to, as torch.lerp: from the nearer end, so that what is rounded
 // beside the result is small, constants stay what they are, and both ends are exact.
-template <class T>
-FUSEDOPT_ELEMENT inline T interpolate(T from, T to, T weight) {
-  const T distance = to - from;
-  return weight < T(0.5) ? multiply_add(weight, distance, from)
-                         : multiply_add(weight - T(1), distance, to);
+template <class E, class T>
+FUSEDOPT_ELEMENT inline E interpolate(E from, E to, T weight) {
+  const bool near = weight < T(0.5);  // (The same for all elements.)
+  return multiply_add(near ? weight : weight - T(1), to - from, near ? from : to);
 }
 
 template <class T>
@@ -154,6 +153,11 @@ class Gate {
   Gate() = default;
   FUSEDOPT_HD explicit Gate(bool open) : mask_(open ? ~Bits(0) : Bits(0)) {}
   FUSEDOPT_ELEMENT T operator()(T x) const { return bit_cast<T>(bit_cast<Bits>(x) & mask_); }
+  template <class E>
+  FUSEDOPT_ELEMENT E operator()(E x) const {  // another kind of number, with a T for a value
+    x.value = (*this)(x.value);
+    return x;
+  }
 
  private:
   using Bits = typename BitsOf<T>::type;

@@ -27,6 +27,11 @@ FUSEDOPT_ELEMENT inline RandomKey random_key(uint64_t seed, uint64_t step, uint3
   return {uint32_t(key >> 32), uint32_t(key)};
 }
 
+// The block of an element's pair.
+FUSEDOPT_ELEMENT inline uint32_t pair_block(int64_t element) {
+  return uint32_t(uint64_t(element) >> 33);
+}
+
 // The 32 bits for a pair of elements, of which the even one takes the lower half; `index` is half
 // the number of either. Multiplications and shifts of 32 bits only, which every vector unit has.
 FUSEDOPT_ELEMENT inline uint32_t random_bits(RandomKey key, uint32_t index) {

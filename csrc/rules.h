@@ -7,6 +7,7 @@
 //     Rule<T> rule(hyper, step, first);
 //     rule(p, g, s);       // p: weight, g: gradient, s: the rule's state, all read and written
 //
+// Elements are numbers of that type or of another kind, E, that computes with its values (quick.h).
 // (Rules can also be left uninitialized, to be assigned later.) The gradient has been unscaled and
 // signed already (gradient.h), and whatever happens to the weight on its way to memory happens
 // afterwards (store.h). No rule knows of data types, layouts, threads or devices.
@@ -55,7 +56,10 @@ struct L2Penalty {
   FUSEDOPT_HD explicit L2Penalty(double weight_decay)
       : l2(weight_decay != 0 ? T(weight_decay) : T(-0.0)), gate(weight_decay != 0) {}
 
-  FUSEDOPT_ELEMENT T operator()(T p, T g) const { return multiply_add(l2, gate(p), g); }
+  template <class E>
+  FUSEDOPT_ELEMENT E operator()(E p, E g) const {
+    return multiply_add(l2, gate(p), g);
+  }
 };
 
 // Adam: Kingma & Ba 2015, Algorithm 1. AdamW: Loshchilov & Hutter 2019, Algorithm 2, which decays
@@ -94,12 +98,13 @@ struct Adam {
     eps = T(h[3] * root_bias2);
   }
 
-  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
+  template <class E>
+  FUSEDOPT_ELEMENT void operator()(E& p, E g, E* s) const {
     g = penalty(p, g);
     p *= keep;
     s[0] = interpolate(s[0], g, one_minus_beta1);
     s[1] = multiply_add(one_minus_beta2 * g, g, beta2 * s[1]);
-    T v = s[1];
+    E v = s[1];
     if constexpr (kAmsgrad) v = s[2] = maximum(s[2], v);
     p -= step_size * s[0] / (square_root(v) + eps);
   }
@@ -134,7 +139,8 @@ struct Sgd {
     lookahead = T(h[4] != 0 ? h[1] : 1);
   }
 
-  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
+  template <class E>
+  FUSEDOPT_ELEMENT void operator()(E& p, E g, E* s) const {
     g = penalty(p, g);
     if constexpr (kMomentum) {
       // Before the first update s[0] is whatever the memory held.
@@ -176,15 +182,16 @@ struct Rmsprop {
     momentum = T(h[4]);
   }
 
-  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
+  template <class E>
+  FUSEDOPT_ELEMENT void operator()(E& p, E g, E* s) const {
     g = penalty(p, g);
     s[0] = multiply_add(one_minus_alpha * g, g, alpha * s[0]);
-    T v = s[0];
+    E v = s[0];
     if constexpr (kCentered) {
       s[kGradAvg] = interpolate(s[kGradAvg], g, one_minus_alpha);
       v = multiply_add(-s[kGradAvg], s[kGradAvg], v);
     }
-    const T denominator = square_root(v) + eps;
+    const E denominator = square_root(v) + eps;
     if constexpr (kMomentum) {
       s[1] = momentum * s[1] + g / denominator;
       p = multiply_add(-lr, s[1], p);
@@ -213,7 +220,8 @@ struct Adagrad {
     eps = T(h[2]);
   }
 
-  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
+  template <class E>
+  FUSEDOPT_ELEMENT void operator()(E& p, E g, E* s) const {
     g = penalty(p, g);
     s[0] = multiply_add(g, g, s[0]);
     p -= lr * g / (square_root(s[0]) + eps);
@@ -230,7 +238,8 @@ struct Stream {
   Stream() = default;
   FUSEDOPT_HD Stream(const double*, double, bool) {}
 
-  FUSEDOPT_ELEMENT void operator()(T& p, T g, T* s) const {
+  template <class E>
+  FUSEDOPT_ELEMENT void operator()(E& p, E g, E* s) const {
     p += g;
     for (int k = 0; k < kN; ++k) s[k] += g;
   }
