@@ -8,7 +8,7 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS   the compiler, and flags to add
     FUSEDOPT_CUDA            auto (default): kernels for CUDA when there is an nvcc; 1: stop when
                              there is none; 0: none
-    FUSEDOPT_CUDA_ARCHS      for which architectures (default: those of 75,80,86,89,90,100,120 that
+    FUSEDOPT_CUDA_ARCHS      for which architectures (default: those of 75,80,90,100,120 that
                              nvcc knows); the last one's also as PTX, for later ones
     CUDA_HOME                where CUDA is (default: that of the nvcc on the PATH)
     FUSEDOPT_BUILD_DIR       where object files go (default: build/fusedopt)
@@ -54,7 +54,7 @@ X86_KERNELS = {
 # A GPU, too, fuses multiply-adds where rules.h asks for them; its divisions and roots round
 # correctly unless one asks for faster ones.
 CUDA_KERNEL = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_ARCHS = "75,80,86,89,90,100,120"
+CUDA_ARCHS = "75,80,90,100,120"  # 86 and 89 run what is made for 80
 CUDA_OLDEST = (12, 4)
 
 
@@ -113,9 +113,18 @@ def cuda_archs(nvcc: str) -> str:
 def cuda_flags(archs: str) -> list[str]:
     """What nvcc is told beside the files."""
     names = archs.split(",")
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
-    ptx = f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"
-    return [*CUDA_KERNEL, *targets, ptx, f'-DFUSEDOPT_CUDA_ARCHS="{archs}"']
+    # Most of a compilation is to intermediate code, in which nothing differs from 80 on: one serves
+    # all of these. (Those with a letter have instructions that nobody else has, before or after.)
+    shared: dict[str, list[str]] = {}
+    for name in names:
+        base = "80" if name.isdigit() and int(name) >= 80 else name
+        shared.setdefault(base, []).append(f"sm_{name}")
+        if name == names[-1]:
+            shared[base].append(f"compute_{base}")
+    targets = [
+        f"-gencode=arch=compute_{base},code=[{','.join(codes)}]" for base, codes in shared.items()
+    ]
+    return [*CUDA_KERNEL, *targets, f'-DFUSEDOPT_CUDA_ARCHS="{archs}"']
 
 
 def cuda_libraries(nvcc: str) -> list[str]:

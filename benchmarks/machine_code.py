@@ -25,7 +25,8 @@ most bytes by 16 at a time; if none moves any so, the one with most floating-poi
 the one that moves most bytes of any width: a loop over counters moves more.)
 
 A trip is the way from the loop's head back to it that moves most bytes by 16 at a time; of several,
-the one that moves most bytes, then the one with fewest calls, then with fewest instructions. So
+the one that moves most bytes, then the one that enters fewest loops inside it, then the one with
+fewest calls, then with fewest instructions. So
 wide accesses are preferred to narrow ones, options that load or store are on, those that only
 calculate are off, and divisions and roots do not take their slow ways. With --bytes it is a way on
 which a lane moves exactly so many bytes from and to global memory; --loops lists what there is.
@@ -140,7 +141,8 @@ class Trip(NamedTuple):
     wide: int  # bytes that are moved by 16 or more at a time
     bytes: int  # from and to global and shared memory
     stores: int
-    fewer_calls: int  # counted down from zero, as
+    fewer_loops: int  # counted down from zero, as
+    fewer_calls: int
     fewer_instructions: int
     global_bytes: int
     blocks: tuple[int, ...]
@@ -395,7 +397,7 @@ def find_trips(blocks: list[Block], body: list[int], own: set[int]) -> list[Trip
     head = body[0]
     ways: dict[int, dict[int, Trip]] = {at: {} for at in body}
     back: dict[int, Trip] = {}
-    ways[head][0] = Trip(0, 0, 0, 0, 0, 0, ())
+    ways[head][0] = Trip(0, 0, 0, 0, 0, 0, 0, ())
     done = set()
     for at in body:
         done.add(at)
@@ -406,6 +408,7 @@ def find_trips(blocks: list[Block], body: list[int], own: set[int]) -> list[Trip
             block.moved(*spaces, at_least=WIDE),
             block.moved(*spaces),
             block.moved(*(STORES if at in own else ())),
+            -(at not in own),
             -sum(i.name == "CALL" for i in block.code),
             -len(block.code),
             block.moved(*global_names),

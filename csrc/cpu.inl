@@ -53,6 +53,11 @@ class Span {
 
   int64_t length() const { return n_; }
 
+  template <class Kind>
+  static constexpr bool has(Kind) {
+    return true;
+  }
+
   template <class T>
   bool in_place(const Operand& operand) const {
     return is_plain<T>(operand);

@@ -13,6 +13,7 @@
 #include "cuda.h"
 
 #define FUSEDOPT_ISA cuda
+#include "cuda_direct.h"
 #include "cuda_warp.h"
 
 namespace fusedopt {
@@ -28,25 +29,19 @@ class HardwareWarp {
  public:
   template <class F>
   __device__ void each(F&& f) {
-    f(int(threadIdx.x % kWarpLanes), state_);
+    f(lane(), state_);
   }
 
   template <class F>
   __device__ void once(F&& f) {
     __syncwarp();
-    if (threadIdx.x % kWarpLanes == 0) f();
+    if (lane() == 0) f();
     __syncwarp();
   }
 
   template <class F>
   __device__ auto largest(F&& f) {
-    auto result = f(state_);
-#pragma unroll
-    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
-      const auto other = __shfl_xor_sync(kAllLanes, result, distance);
-      result = other > result ? other : result;
-    }
-    return result;
+    return largest_of(f(state_));
   }
 
   template <class F>
@@ -62,6 +57,15 @@ class HardwareWarp {
   __device__ void raise(uint64_t* to, uint64_t n) {
     atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(n));
   }
+
+  template <class F>
+  __device__ bool all(F&& f) {
+    return __all_sync(kAllLanes, f(state_));
+  }
+
+  __device__ void wait_for_lanes() { __syncwarp(); }
+
+  __device__ uint32_t take(uint32_t* counter) { return atomicAdd(counter, 1u); }
 
   template <class T>
   __device__ void copy(T* to, const T* from) {
@@ -81,6 +85,23 @@ class HardwareWarp {
   }
 
  private:
+  __device__ static int lane() { return threadIdx.x % kWarpLanes; }
+
+  template <class T>
+  __device__ static T largest_of(T result) {
+#pragma unroll
+    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2) {
+      const T other = __shfl_xor_sync(kAllLanes, result, distance);
+      result = other > result ? other : result;
+    }
+    return result;
+  }
+#if __CUDA_ARCH__ >= 800
+  __device__ static uint32_t largest_of(uint32_t result) {
+    return __reduce_max_sync(kAllLanes, result);
+  }
+#endif
+
   State state_;
 };
 
@@ -90,13 +111,18 @@ __device__ inline int64_t warp_number() {
 
 __device__ inline int64_t warp_count() { return int64_t(gridDim.x) * kBlockWarps; }
 
+// An address in shared memory, in a register: else the compiler asks for the block's place in its
+// cluster at each access.
+__device__ inline uint32_t kept(uint32_t address) {
+  asm volatile("" : "+r"(address));
+  return address;
+}
+
 // This warp's buffers in the block's dynamic shared memory.
 __device__ inline Buffers buffers_of_warp(uint32_t bytes, int depth) {
   extern __shared__ __align__(kBufferBegin) Piece<kLargestPiece> pieces[];
   uint32_t first = uint32_t(__cvta_generic_to_shared(pieces));
-  first += threadIdx.x / kWarpLanes * (depth * bytes);
-  // Kept in a register: else the compiler asks for the block's place in its cluster at each access.
-  asm volatile("" : "+r"(first));
+  first = kept(first + threadIdx.x / kWarpLanes * (depth * bytes));
   return {static_cast<unsigned char*>(__cvta_shared_to_generic(first)), bytes, depth};
 }
 
@@ -114,12 +140,18 @@ __device__ inline bool is_last_block(DeviceControl* control) {
   return last;
 }
 
+template <class Line>
+__device__ void finish_norm(const MeasureArguments<Line>& arguments) {
+  HardwareWarp<LaneNorm<double>> warp;
+  if (threadIdx.x < kWarpLanes) finish_measure(arguments, warp, warp_count());
+}
+
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 2 : 3;  // on a multiprocessor
 
 template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    update_kernel(const __grid_constant__ UpdateArguments arguments, int depth) {
+    update_kernel(const __grid_constant__ UpdateArguments<DeviceLine> arguments, int depth) {
   // (Of bytes: what is shared must not be initialized by all threads.)
   using Memory = WarpMemory<Rule, T>;
   __shared__ alignas(Memory) unsigned char memory[kBlockWarps][sizeof(Memory)];
@@ -132,13 +164,11 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    measure_kernel(const __grid_constant__ MeasureArguments arguments, int depth) {
-  HardwareWarp<LaneNorm> warp;
+    measure_kernel(const __grid_constant__ MeasureArguments<DeviceLine> arguments, int depth) {
+  HardwareWarp<LaneNorm<T>> warp;
   measure_warp<T>(arguments, warp, buffers_of_warp(arguments.line.grad_bytes, depth), warp_number(),
                   warp_count());
-  if (is_last_block(arguments.control) && threadIdx.x < kWarpLanes) {
-    finish_measure(arguments, warp, warp_count());
-  }
+  if (is_last_block(arguments.control)) finish_norm(arguments);
 }
 
 template <class T>
@@ -147,6 +177,42 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   HardwareWarp<LaneTile<T>> warp;
   accumulate_warp<T>(line, warp, buffers_of_warp(line.grad_bytes, depth), warp_number(),
                      warp_count());
+}
+
+// Blocks on a multiprocessor: the compiler has to make do with 64, 72 or 80 registers.
+constexpr int direct_blocks(const Formats& formats, int states) {
+  if (formats.ema || formats.state == DType::kUInt8 || states > 2) return 6;
+  return formats.param == DType::kFloat32 ? 8 : 7;
+}
+
+template <class Rule, int kFormat>
+__global__ void __launch_bounds__(kBlockThreads, direct_blocks(kFormats[kFormat], Rule::kStates))
+    direct_update_kernel(const __grid_constant__ UpdateArguments<DirectLine> arguments) {
+  using Memory = DirectMemory<Rule>;
+  __shared__ alignas(Memory) unsigned char bytes[kBlockWarps][sizeof(Memory)];
+  const uint32_t first = uint32_t(__cvta_generic_to_shared(bytes));
+  const auto memory_of = [&](int warp) {
+    return static_cast<Memory*>(__cvta_shared_to_generic(kept(first + warp * sizeof(Memory))));
+  };
+  HardwareWarp<DirectTile<kFormat, kLaneElements>> warp;
+  const int number = threadIdx.x / kWarpLanes;
+  // One warp looks for the rule of all: most tasks share it, and its powers of doubles take long
+  // where few units work on doubles.
+  Memory& memory = *memory_of(number);
+  if (number == 0) begin_direct(arguments, warp, memory, warp_number());
+  __syncthreads();
+  if (number != 0) copy_words(warp, &memory, memory_of(0));
+  warp.wait_for_lanes();
+  update_direct<Rule, kFormat>(arguments, warp, memory, warp_number(), warp_count());
+  if (is_last_block(arguments.control)) finish_update(arguments, threadIdx.x, kBlockThreads);
+}
+
+template <class G>
+__global__ void __launch_bounds__(kBlockThreads, 10)
+    direct_measure_kernel(const __grid_constant__ MeasureArguments<DirectLine> arguments) {
+  HardwareWarp<LaneNorm<float>> warp;
+  measure_direct<G>(arguments, warp, warp_number(), warp_count());
+  if (is_last_block(arguments.control)) finish_norm(arguments);
 }
 
 // Bytes on their way to the device, as a kernel's arguments: at most 4 KiB of these, or 32 KiB
@@ -243,6 +309,16 @@ struct Fit {
 // than its share of the memory delivers until the first of it comes.
 constexpr uint32_t kBytesAhead = 6144;
 
+// How many blocks of a kernel run on a device at a time.
+template <auto kKernel>
+int64_t blocks_of(int device, size_t shared_bytes) {
+  int blocks = 0;
+  check(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kBlockThreads, shared_bytes),
+      "the occupancy of a kernel");
+  return int64_t(processors(device)) * std::min(std::max(blocks, 1), kMaxBlocks);
+}
+
 template <auto kKernel>
 Fit fit(int device, uint32_t buffer_bytes) {
   int most = 0;
@@ -262,25 +338,34 @@ Fit fit(int device, uint32_t buffer_bytes) {
   const auto bytes = [&] { return size_t(kBlockWarps) * fit.depth * buffer_bytes; };
   while (fit.depth > 1 && bytes() > size_t(most)) --fit.depth;
   fit.shared_bytes = bytes();
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kBlockThreads,
-                                                      fit.shared_bytes),
-        "the occupancy of a kernel");
-  fit.blocks = int64_t(processors(device)) * std::min(std::max(blocks, 1), kMaxBlocks);
+  fit.blocks = blocks_of<kKernel>(device, fit.shared_bytes);
   return fit;
 }
 
 // One grid of as many blocks as run at a time, or fewer when there is less to do.
+unsigned grid(int64_t n_chunks, int64_t most_blocks) {
+  const int64_t wanted = (n_chunks + kBlockWarps - 1) / kBlockWarps;
+  return unsigned(std::max<int64_t>(1, std::min(wanted, most_blocks)));
+}
+
 template <auto kKernel, class Arguments>
 void launch(const CudaQueue& queue, const Arguments& arguments, int64_t n_chunks,
             uint32_t buffer_bytes) {
   const OnDevice on(queue.device);
   const Fit chosen = once_per({queue.device, buffer_bytes},
                               [](const Key& key) { return fit<kKernel>(key.first, key.second); });
-  const int64_t wanted = (n_chunks + kBlockWarps - 1) / kBlockWarps;
-  const unsigned blocks = unsigned(std::max<int64_t>(1, std::min(wanted, chosen.blocks)));
-  kKernel<<<blocks, kBlockThreads, chosen.shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(
-      arguments, chosen.depth);
+  kKernel<<<grid(n_chunks, chosen.blocks), kBlockThreads, chosen.shared_bytes,
+            static_cast<cudaStream_t>(queue.stream)>>>(arguments, chosen.depth);
+  check(cudaGetLastError(), "a launch failed");
+}
+
+template <auto kKernel, class Arguments>
+void launch_direct(const CudaQueue& queue, const Arguments& arguments) {
+  const OnDevice on(queue.device);
+  const int64_t blocks =
+      once_per({queue.device, 0}, [](const Key& key) { return blocks_of<kKernel>(key.first, 0); });
+  kKernel<<<grid(arguments.line.n_chunks, blocks), kBlockThreads, 0,
+            static_cast<cudaStream_t>(queue.stream)>>>(arguments);
   check(cudaGetLastError(), "a launch failed");
 }
 
@@ -336,12 +421,25 @@ class AllowedInCapture {
 template <class T>
 struct LaunchUpdate {
   const CudaQueue& queue;
-  const UpdateArguments& arguments;
+  const UpdateArguments<DeviceLine>& arguments;
 
   template <class Rule>
   void run() const {
     launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks,
                                    arguments.line.buffer_bytes);
+  }
+};
+
+struct LaunchDirectUpdate {
+  const CudaQueue& queue;
+  int formats;
+  const UpdateArguments<DirectLine>& arguments;
+
+  template <class Rule>
+  void run() const {
+    with_direct_kernel<Rule>(formats, [&](auto format) {
+      launch_direct<direct_update_kernel<Rule, decltype(format)::value>>(queue, arguments);
+    });
   }
 };
 
@@ -439,7 +537,7 @@ void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t byte
 }
 
 void cuda_update(const CudaQueue& queue, int rule, bool in_double,
-                 const UpdateArguments& arguments) {
+                 const UpdateArguments<DeviceLine>& arguments) {
   if (in_double) {
     cuda::select_rule<double>(rule, cuda::LaunchUpdate<double>{queue, arguments});
   } else {
@@ -447,13 +545,30 @@ void cuda_update(const CudaQueue& queue, int rule, bool in_double,
   }
 }
 
-void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments) {
+int cuda_direct_formats(int rule) { return cuda::direct_formats(rule); }
+
+void cuda_update_direct(const CudaQueue& queue, int rule, int formats,
+                        const UpdateArguments<DirectLine>& arguments) {
+  cuda::select_rule<float>(rule, cuda::LaunchDirectUpdate{queue, formats, arguments});
+}
+
+void cuda_measure(const CudaQueue& queue, bool in_double,
+                  const MeasureArguments<DeviceLine>& arguments) {
   const int64_t n = arguments.line.n_chunks;
   const uint32_t bytes = arguments.line.grad_bytes;
   if (in_double) {
     cuda::launch<cuda::measure_kernel<double>>(queue, arguments, n, bytes);
   } else {
     cuda::launch<cuda::measure_kernel<float>>(queue, arguments, n, bytes);
+  }
+}
+
+void cuda_measure_direct(const CudaQueue& queue, int formats,
+                         const MeasureArguments<DirectLine>& arguments) {
+  if (kFormats[formats].grad == DType::kFloat32) {
+    cuda::launch_direct<cuda::direct_measure_kernel<float>>(queue, arguments);
+  } else {
+    cuda::launch_direct<cuda::direct_measure_kernel<cuda::BFloat16>>(queue, arguments);
   }
 }
 

@@ -62,8 +62,17 @@ constexpr size_t kUploadUnit = 16;
 void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes);
 
 void cuda_update(const CudaQueue& queue, int rule, bool in_double,
-                 const UpdateArguments& arguments);
-void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments);
+                 const UpdateArguments<DeviceLine>& arguments);
+void cuda_measure(const CudaQueue& queue, bool in_double,
+                  const MeasureArguments<DeviceLine>& arguments);
 void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line);
+
+// Of tasks whose formats have that number in kFormats, which is below cuda_direct_formats() of the
+// rule.
+int cuda_direct_formats(int rule);
+void cuda_update_direct(const CudaQueue& queue, int rule, int formats,
+                        const UpdateArguments<DirectLine>& arguments);
+void cuda_measure_direct(const CudaQueue& queue, int formats,
+                         const MeasureArguments<DirectLine>& arguments);
 
 }  // namespace fusedopt

@@ -34,6 +34,7 @@ constexpr int kWarpLanes = 32;
 constexpr int kQuad = 4;
 constexpr int kRow = kWarpLanes * kQuad;
 constexpr int kRows = int(kBlock) / kRow;
+constexpr int kLaneElements = kRows * kQuad;  // of a tile
 template <class T>
 constexpr int kSpanTiles = span_tiles(sizeof(T) == 8);
 static_assert(kScaleBytes == kWarpLanes * sizeof(float), "one for each lane");

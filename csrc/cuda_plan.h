@@ -1,7 +1,11 @@
 // What the CUDA kernels read: a Plan as it lies in device memory.
 //
-// Tasks that share a rule and an arithmetic type share a launch. Its work line is made of the
-// tasks' spans, one after another, and cut into chunks, which the warps take in turn.
+// Tasks that share a rule, an arithmetic type and, where there are kernels for them, the storage
+// formats (cuda_formats.h) share a launch.
+//
+// For the general kernel the work line of a launch is made of the tasks' spans, one after another,
+// and cut into chunks, which the warps take in turn. Kernels for one combination of formats have
+// lines of their own, below.
 #pragma once
 
 #include "plan.h"
@@ -74,17 +78,49 @@ struct DeviceLine {
   uint32_t buffer_bytes;  // and for all of its operands
 };
 
+// A task of known formats, as little of it as the kernels read.
+struct alignas(16) DirectTask {
+  void* param = nullptr;
+  void* hidden = nullptr;
+  void* ema = nullptr;
+  void* state[kMaxStates] = {};
+  float* scale[kMaxStates] = {};
+  void* step = nullptr;    // the parameter's counter, or null when nothing counts
+  double first_step = -1;  // state[0] has not been written as long as the counter is there
+  int64_t numel = 0;
+  uint64_t seed = 0;
+  int32_t first_chunk = 0;
+  int32_t place = 0;  // among all parameters of the step, for messages
+  int32_t group = 0;
+  DType step_dtype = DType::kFloat32;
+  bool one_chunk = false;  // whoever works on it advances the counter, as nobody else reads it
+};
+
+// Its work line: each task has chunks of so many tiles, the last of which may have fewer.
+struct DirectLine {
+  const DirectTask* tasks;
+  const DeviceGrad* grads;
+  const DeviceGroup* groups;
+  const int32_t* chunk_task;  // n_chunks: the task that a chunk is of
+  const int32_t* others;      // n_others: the tasks of no chunk, or several
+  int32_t n_others;
+  int32_t n_chunks;
+  int32_t chunk_tiles;
+};
+
 // While measuring, non-finite gradients are noted as this less their task's place, so that the
 // largest number is the first's.
 constexpr uint64_t kFirstPlace = uint64_t(1) << 32;
 
 // Between the launches of a step, and from step to step. All zeros at first.
 struct DeviceControl {
-  double total;           // the squares' sum, or the largest magnitude, of all gradients
-  uint64_t nonfinite;     // while measuring: kFirstPlace less the first's place; 0: none
-  uint64_t found;         // 1 + its place; 0: all are finite
-  uint64_t skipped;       // counts skipped steps
-  uint32_t blocks_ready;  // of the launch that runs
+  double total;        // the squares' sum, or the largest magnitude, of all gradients
+  uint64_t nonfinite;  // while measuring: kFirstPlace less the first's place; 0: none
+  uint64_t found;      // 1 + its place; 0: all are finite
+  uint64_t skipped;    // counts skipped steps
+  // Of the launch that runs:
+  uint32_t blocks_ready;
+  uint32_t chunks_taken;  // beyond the first of each warp
 };
 
 // Gradients' factors and the step's fate, where only the device knows them.
@@ -98,15 +134,18 @@ struct DeviceStages {
   bool skip_nonfinite = false;
 };
 
+// `Line`: DeviceLine or DirectLine.
+template <class Line>
 struct UpdateArguments {
-  DeviceLine line;
+  Line line;
   DeviceStages stages;
   DeviceControl* control;
   bool last_launch;  // of the step
 };
 
+template <class Line>
 struct MeasureArguments {
-  DeviceLine line;
+  Line line;
   DeviceStages stages;
   DeviceControl* control;
   double* partial;    // one per warp

@@ -3,12 +3,42 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <tuple>
 #include <utility>
 
 #include "layout.h"
 
 namespace fusedopt {
 namespace {
+
+bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % kDirectAlignment == 0;
+}
+
+// Whether an operand is in a format, dense and aligned.
+bool is_in(const Operand& operand, DType dtype) {
+  return operand.dtype == dtype && operand.layout == nullptr && is_aligned(operand.data);
+}
+
+bool has_formats(const Task& task, const Formats& formats) {
+  const Extras none, &extras = task.extras == nullptr ? none : *task.extras;
+  const bool hides = formats.precision != WeightPrecision::kNearest;
+  const bool coded = formats.state == DType::kUInt8;
+  const DType hidden =
+      formats.precision == WeightPrecision::kMaster ? DType::kFloat32 : DType::kInt16;
+  bool same = is_in(task.param, formats.param) && extras.precision == formats.precision &&
+              (!hides || is_in(extras.hidden, hidden)) &&
+              (extras.ema.data != nullptr) == formats.ema &&
+              (!formats.ema || is_in(extras.ema, DType::kFloat32)) &&
+              extras.grad_sum.data == nullptr && (coded || !extras.random_state) &&
+              (task.grad.data == nullptr || is_in(task.grad, formats.grad));
+  for (const Operand& state : task.state) {
+    same = same && (state.data == nullptr || is_in(state, formats.state));
+  }
+  return same;
+}
+
+int64_t tiles_of(const Task& task) { return (task.numel + kBlock - 1) / kBlock; }
 
 int64_t spans_of(const Task& task, bool in_double) {
   const int64_t length = span_tiles(in_double) * kBlock;
@@ -119,24 +149,76 @@ class Cursor {
 
 }  // namespace
 
+int formats_of(const Task& task, int n) {
+  for (int i = 0; i < n; ++i) {
+    if (has_formats(task, kFormats[i])) return i;
+  }
+  return kAnyFormats;
+}
+
 void DeviceTable::find_kinds(const Plan& plan) {
-  std::map<std::pair<int, bool>, std::vector<int64_t>> places;
+  std::map<std::tuple<int, bool, int>, std::vector<int64_t>> places;
+  std::vector<int64_t> empty;
   n_groups_ = 0;
   for (int64_t i = 0; i < plan.n_tasks; ++i) {
     const Task& task = *plan.tasks[i];
     n_groups_ = std::max<int64_t>(n_groups_, task.group + 1);
-    places[{plan.groups[task.group].rule, task.param.dtype == DType::kFloat64}].push_back(i);
+    const int rule = plan.groups[task.group].rule;
+    const int n_formats = cut_.direct_formats == nullptr ? 0 : cut_.direct_formats(rule);
+    const bool in_double = task.param.dtype == DType::kFloat64;
+    if (task.numel == 0) {
+      empty.push_back(i);
+    } else {
+      places[{rule, in_double, formats_of(task, n_formats)}].push_back(i);
+    }
+  }
+  // Tensors without elements have only counters, which any launch of their rule advances.
+  for (int64_t i : empty) {
+    const int rule = plan.groups[plan.tasks[i]->group].rule;
+    const auto of_rule = places.lower_bound({rule, false, kAnyFormats});
+    if (of_rule != places.end() && std::get<0>(of_rule->first) == rule) {
+      of_rule->second.push_back(i);
+    } else {
+      places[{rule, false, kAnyFormats}].push_back(i);
+    }
   }
   kinds_.clear();
   for (auto& [key, list] : places) {
-    Kind kind = {key.first, key.second, std::move(list)};
-    int64_t spans = 0;
-    for (int64_t i : kind.places) spans += spans_of(*plan.tasks[i], kind.in_double);
-    // Enough chunks for the warps to end at about the same time.
-    const int64_t share = spans / std::max<int64_t>(1, 16 * n_warps_);
-    kind.chunk_spans = std::max<int64_t>(1, std::min(share, most_spans_));
-    kind.n_chunks = (spans + kind.chunk_spans - 1) / kind.chunk_spans;
+    Kind kind = {};
+    std::tie(kind.rule, kind.in_double, kind.formats) = key;
+    kind.places = std::move(list);
+    cut(plan, &kind);
     kinds_.push_back(std::move(kind));
+  }
+}
+
+void DeviceTable::cut(const Plan& plan, Kind* kind) const {
+  const auto length_of = [&](int64_t place) {
+    const Task& task = *plan.tasks[place];
+    return kind->direct() ? tiles_of(task) : spans_of(task, kind->in_double);
+  };
+  int64_t length = 0;
+  for (int64_t place : kind->places) length += length_of(place);
+  // Enough chunks for the warps to end at about the same time.
+  const int64_t share = length / std::max<int64_t>(1, (kind->direct() ? 32 : 16) * cut_.warps);
+  if (!kind->direct()) {
+    kind->chunk_length = std::max<int64_t>(1, std::min(share, cut_.most_spans));
+    int64_t end = 0;
+    for (size_t k = 0; k < kind->places.size(); ++k) {
+      end += length_of(kind->places[k]);
+      // The task that a chunk's first span belongs to.
+      const int64_t n_chunks = (end + kind->chunk_length - 1) / kind->chunk_length;
+      kind->chunk_task.resize(n_chunks, int64_t(k));
+    }
+    return;
+  }
+  // A power of two, so that no chunk's elements differ in more than the lower 33 bits (random.h).
+  while (2 * kind->chunk_length <= std::min(share, cut_.most_tiles)) kind->chunk_length *= 2;
+  for (size_t k = 0; k < kind->places.size(); ++k) {
+    const int64_t n_chunks =
+        (length_of(kind->places[k]) + kind->chunk_length - 1) / kind->chunk_length;
+    kind->chunk_task.insert(kind->chunk_task.end(), n_chunks, int64_t(k));
+    if (n_chunks != 1) kind->others.push_back(int64_t(k));
   }
 }
 
@@ -149,9 +231,14 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
   groups_ = {grads_.end, cursor.align()};
   layouts_.clear();
   for (Kind& kind : kinds_) {
+    kind.chunks = cursor.take<int32_t>(kind.chunk_task.size());
+    kind.other = cursor.take<int32_t>(kind.others.size());
+    if (kind.direct()) {
+      kind.tasks = cursor.take<DirectTask>(kind.places.size());
+      continue;
+    }
     kind.tasks = cursor.take<DeviceTask>(kind.places.size());
     kind.first_span = cursor.take<int64_t>(kind.places.size() + 1);
-    kind.chunk_task = cursor.take<int32_t>(kind.n_chunks);
     for (int64_t i : kind.places) {
       DeviceTask task = device_task(*plan.tasks[i], counters[i]);
       for_each_operand(task, [&](const Operand& operand) {
@@ -161,6 +248,16 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
   }
   tasks_ = {groups_.end, cursor.align()};
   return tasks_.end;
+}
+
+bool DeviceTable::fits(const Plan& plan) const {
+  for (const Kind& kind : kinds_) {
+    if (!kind.direct()) continue;
+    for (int64_t i : kind.places) {
+      if (!is_aligned(plan.tasks[i]->grad.data)) return false;
+    }
+  }
+  return true;
 }
 
 void DeviceTable::write_grads(const Plan& plan, char* image) const {
@@ -188,48 +285,104 @@ void DeviceTable::write_groups(const Plan& plan, const std::vector<DeviceRate>& 
 void DeviceTable::write_tasks(const Plan& plan, const std::vector<DeviceCounter>& counters,
                               char* image, const char* device) {
   std::memset(image + tasks_.begin, 0, tasks_.end - tasks_.begin);
-  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
   launches_.clear();
   size_t n_layouts = 0;
   for (const Kind& kind : kinds_) {
-    int64_t span = 0, chunk = 0;
-    uint32_t grad_bytes = 0, buffer_bytes = 0;
-    for (size_t k = 0; k < kind.places.size(); ++k) {
-      const int64_t i = kind.places[k];
-      DeviceTask task = device_task(*plan.tasks[i], counters[i]);
-      const size_t offset = kind.tasks + k * sizeof(DeviceTask);
-      if (task.task.extras != nullptr) {
-        task.task.extras = static_cast<const Extras*>(at(offset + offsetof(DeviceTask, extras)));
-      }
-      for_each_operand(task, [&](Operand& operand) {
-        if (operand.layout == nullptr) return;
-        put(image, layouts_[n_layouts], *operand.layout);
-        operand.layout = static_cast<const Layout*>(at(layouts_[n_layouts++]));
-      });
-      // These are the gradients' part.
-      task.task.grad.data = nullptr;
-      task.extras.accumulated = false;
-      const Placer placer(&task, kind.in_double);
-      grad_bytes = std::max(grad_bytes, placer.grad_bytes());
-      buffer_bytes = std::max(buffer_bytes, placer.buffer_bytes());
-      put(image, offset, task);
-      put(image, kind.first_span + k * sizeof(int64_t), span);
-      span += spans_of(*plan.tasks[i], kind.in_double);
-      for (; chunk * kind.chunk_spans < span; ++chunk) {
-        put(image, kind.chunk_task + chunk * sizeof(int32_t), int32_t(k));
-      }
+    for (size_t k = 0; k < kind.chunk_task.size(); ++k) {
+      put(image, kind.chunks + k * sizeof(int32_t), int32_t(kind.chunk_task[k]));
     }
-    put(image, kind.first_span + kind.places.size() * sizeof(int64_t), span);
-    launches_.push_back(
-        {kind.rule,
-         kind.in_double,
-         {static_cast<const DeviceTask*>(at(kind.tasks)),
-          static_cast<const DeviceGrad*>(at(kind.grads)),
-          static_cast<const DeviceGroup*>(at(groups_.begin)),
-          static_cast<const int64_t*>(at(kind.first_span)),
-          static_cast<const int32_t*>(at(kind.chunk_task)), int32_t(kind.places.size()),
-          int32_t(kind.chunk_spans), kind.n_chunks, grad_bytes, buffer_bytes}});
+    launches_.push_back(kind.direct()
+                            ? write_direct_line(kind, plan, counters, image, device)
+                            : write_line(kind, plan, counters, image, device, &n_layouts));
   }
+}
+
+Launch DeviceTable::write_line(const Kind& kind, const Plan& plan,
+                               const std::vector<DeviceCounter>& counters, char* image,
+                               const char* device, size_t* n_layouts) const {
+  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
+  int64_t span = 0;
+  uint32_t grad_bytes = 0, buffer_bytes = 0;
+  for (size_t k = 0; k < kind.places.size(); ++k) {
+    const int64_t i = kind.places[k];
+    DeviceTask task = device_task(*plan.tasks[i], counters[i]);
+    const size_t offset = kind.tasks + k * sizeof(DeviceTask);
+    if (task.task.extras != nullptr) {
+      task.task.extras = static_cast<const Extras*>(at(offset + offsetof(DeviceTask, extras)));
+    }
+    for_each_operand(task, [&](Operand& operand) {
+      if (operand.layout == nullptr) return;
+      put(image, layouts_[*n_layouts], *operand.layout);
+      operand.layout = static_cast<const Layout*>(at(layouts_[(*n_layouts)++]));
+    });
+    // These are the gradients' part.
+    task.task.grad.data = nullptr;
+    task.extras.accumulated = false;
+    const Placer placer(&task, kind.in_double);
+    grad_bytes = std::max(grad_bytes, placer.grad_bytes());
+    buffer_bytes = std::max(buffer_bytes, placer.buffer_bytes());
+    put(image, offset, task);
+    put(image, kind.first_span + k * sizeof(int64_t), span);
+    span += spans_of(*plan.tasks[i], kind.in_double);
+  }
+  put(image, kind.first_span + kind.places.size() * sizeof(int64_t), span);
+  Launch launch = {kind.rule, kind.in_double, kind.formats, {}, {}};
+  launch.line = {static_cast<const DeviceTask*>(at(kind.tasks)),
+                 static_cast<const DeviceGrad*>(at(kind.grads)),
+                 static_cast<const DeviceGroup*>(at(groups_.begin)),
+                 static_cast<const int64_t*>(at(kind.first_span)),
+                 static_cast<const int32_t*>(at(kind.chunks)),
+                 int32_t(kind.places.size()),
+                 int32_t(kind.chunk_length),
+                 int64_t(kind.chunk_task.size()),
+                 grad_bytes,
+                 buffer_bytes};
+  return launch;
+}
+
+Launch DeviceTable::write_direct_line(const Kind& kind, const Plan& plan,
+                                      const std::vector<DeviceCounter>& counters, char* image,
+                                      const char* device) const {
+  const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
+  int64_t chunk = 0;
+  for (size_t k = 0; k < kind.places.size(); ++k) {
+    const int64_t i = kind.places[k];
+    const Task& task = *plan.tasks[i];
+    const DeviceCounter& counter = counters[i];
+    DirectTask direct;
+    direct.param = task.param.data;
+    for (int s = 0; s < kMaxStates; ++s) direct.state[s] = task.state[s].data;
+    if (task.extras != nullptr) {
+      direct.hidden = task.extras->hidden.data;
+      direct.ema = task.extras->ema.data;
+      direct.seed = task.extras->seed;
+      for (int s = 0; s < kMaxStates; ++s) direct.scale[s] = task.extras->scale[s];
+    }
+    direct.step = counter.step;
+    direct.step_dtype = counter.dtype;
+    if (task.first) direct.first_step = counter.first_step;
+    direct.numel = task.numel;
+    direct.place = int32_t(counter.place);
+    direct.group = task.group;
+    direct.first_chunk = int32_t(chunk);
+    const int64_t n_chunks = (tiles_of(task) + kind.chunk_length - 1) / kind.chunk_length;
+    direct.one_chunk = n_chunks == 1;
+    chunk += n_chunks;
+    put(image, kind.tasks + k * sizeof(DirectTask), direct);
+  }
+  for (size_t k = 0; k < kind.others.size(); ++k) {
+    put(image, kind.other + k * sizeof(int32_t), int32_t(kind.others[k]));
+  }
+  Launch launch = {kind.rule, kind.in_double, kind.formats, {}, {}};
+  launch.direct = {static_cast<const DirectTask*>(at(kind.tasks)),
+                   static_cast<const DeviceGrad*>(at(kind.grads)),
+                   static_cast<const DeviceGroup*>(at(groups_.begin)),
+                   static_cast<const int32_t*>(at(kind.chunks)),
+                   static_cast<const int32_t*>(at(kind.other)),
+                   int32_t(kind.others.size()),
+                   int32_t(kind.chunk_task.size()),
+                   int32_t(kind.chunk_length)};
+  return launch;
 }
 
 }  // namespace fusedopt

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda_formats.h"
 #include "cuda_plan.h"
 
 namespace fusedopt {
@@ -23,11 +24,13 @@ struct DeviceRate {
   DType dtype = DType::kFloat32;
 };
 
-// The tasks that share a rule and an arithmetic type.
+// The tasks that share a rule, an arithmetic type and, where there is a kernel for them, formats.
 struct Launch {
   int rule;
   bool in_double;
-  DeviceLine line;
+  int formats;        // of kFormats, or kAnyFormats:
+  DeviceLine line;    // then this is their line,
+  DirectLine direct;  // else this
 };
 
 // The image has three parts, which change at different times: gradients (at each step, perhaps),
@@ -38,14 +41,24 @@ class DeviceTable {
     size_t begin = 0, end = 0;
   };
 
-  // `n_warps`, as many as run at a time, are to get several chunks each; but a chunk has at most
-  // `most_spans`, and at least one.
-  explicit DeviceTable(int64_t n_warps, int64_t most_spans = 32)
-      : n_warps_(n_warps), most_spans_(most_spans) {}
+  // How a line is cut into chunks: `warps`, as many as run at a time, are to get several each, but
+  // a chunk has no more spans, or tiles, than it says. `direct_formats`: how many of kFormats have
+  // kernels for a rule (none: all tasks go to the general kernel).
+  struct Cut {
+    int64_t warps;
+    int (*direct_formats)(int rule) = nullptr;
+    int64_t most_spans = 32;
+    int64_t most_tiles = int64_t(1) << 20;  // (Elements are counted in 32 bits.)
+  };
+
+  explicit DeviceTable(const Cut& cut) : cut_(cut) {}
 
   // Lays the image out, and returns its size. Counters go with tasks, rates (or none) with groups.
   // Tasks without gradients may be among the plan's: they take no part.
   size_t lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters);
+
+  // Whether what lay_out() saw still holds of the gradients, of this plan with the same tasks.
+  bool fits(const Plan& plan) const;
 
   // Write its parts, for a place in device memory (aligned to kAlignment), from the plan that
   // lay_out() saw or, all but the tasks, from another one with the same tasks.
@@ -68,15 +81,25 @@ class DeviceTable {
   struct Kind {
     int rule;
     bool in_double;
-    std::vector<int64_t> places;  // in the plan
-    int64_t chunk_spans = 1;
-    int64_t n_chunks = 0;
-    size_t tasks = 0, grads = 0, first_span = 0, chunk_task = 0;
+    int formats;
+    std::vector<int64_t> places;      // in the plan
+    std::vector<int64_t> chunk_task;  // of each chunk, by its place in this
+    std::vector<int64_t> others;      // the same of tasks of no chunk, or several
+    int64_t chunk_length = 1;         // in spans, or tiles
+    size_t tasks = 0, grads = 0, first_span = 0, chunks = 0, other = 0;
+
+    bool direct() const { return formats != kAnyFormats; }
   };
 
   void find_kinds(const Plan& plan);
+  void cut(const Plan& plan, Kind* kind) const;
+  Launch write_line(const Kind& kind, const Plan& plan, const std::vector<DeviceCounter>& counters,
+                    char* image, const char* device, size_t* n_layouts) const;
+  Launch write_direct_line(const Kind& kind, const Plan& plan,
+                           const std::vector<DeviceCounter>& counters, char* image,
+                           const char* device) const;
 
-  int64_t n_warps_, most_spans_;
+  Cut cut_;
   int64_t n_groups_ = 0;
   std::vector<Kind> kinds_;
   std::vector<Launch> launches_;

@@ -35,20 +35,15 @@ struct Buffers {
   FUSEDOPT_HD unsigned char* at(int i) const { return first + i * bytes; }
 };
 
-// What of a tile one lane has, in a buffer: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
-// Beyond the tensor's end they are zeros, and may become anything.
-class Lane {
+// What of a tile one lane has: kN of its elements, in the forms that tile.h asks for. `Lane` says
+// how it reads and writes elements as they are stored, and which of the tensor's the i-th is: one
+// of the pair(i) of the block(). Of several, two each are a pair.
+template <class Lane, int kN = kLaneElements>
+class LaneMemory {
  public:
-  static constexpr int64_t kElements = kRows * kQuad;
-
-  // The tile is the i-th of the buffer's.
-  FUSEDOPT_HD Lane(unsigned char* buffer, int i, int lane, int64_t begin, int64_t numel)
-      : buffer_(buffer), i_(i), lane_(lane), first_(begin + lane * kQuad), numel_(numel) {}
+  static constexpr int64_t kElements = kN;
 
   FUSEDOPT_HD static constexpr int64_t length() { return kElements; }
-
-  // Whether the tensor has a lane's i-th element.
-  FUSEDOPT_HD bool has(int i) const { return index(i / kQuad) + i % kQuad < numel_; }
 
   template <class T>
   FUSEDOPT_HD static constexpr bool in_place(const Operand&) {
@@ -57,10 +52,10 @@ class Lane {
 
   template <class T>
   FUSEDOPT_HD T* open(const Operand& operand, T* buffer) const {
-    with_buffered_format<T>(operand.dtype, [&](auto format) {
+    with_lane_format<T>(operand.dtype, [&](auto format) {
       using Stored = decltype(format);
-      Stored elements[kElements];
-      read(operand, elements);
+      Stored elements[kElements] = {};
+      self().read(operand, elements);
       FUSEDOPT_VECTORIZE
       for (int i = 0; i < kElements; ++i) buffer[i] = load<T>(elements[i]);
     });
@@ -69,8 +64,8 @@ class Lane {
 
   template <class T>
   FUSEDOPT_HD void close(const Operand& operand, const T* tile) const {
-    with_buffered_format<T>(operand.dtype, [&](auto format) {
-      write<decltype(format)>(operand, [&](auto* to) {
+    with_lane_format<T>(operand.dtype, [&](auto format) {
+      self().template write<decltype(format)>(operand, [&](auto* to) {
         FUSEDOPT_VECTORIZE
         for (int i = 0; i < kElements; ++i) store(tile[i], to[i]);
       });
@@ -80,6 +75,81 @@ class Lane {
   template <class T, class F>
   FUSEDOPT_HD void with_elements(const Operand& operand, T* buffer, F&& f) const {
     f(open(operand, buffer));
+  }
+
+  FUSEDOPT_HD Random draw(RandomKey key, uint16_t (&bits)[kElements]) const {
+    FUSEDOPT_VECTORIZE
+    for (int i = 0; i < kElements; i += 2) {
+      uint16_t pair[2];
+      draw_bits(key, self().pair(i), pair);
+      if constexpr (kElements == 1) {
+        bits[0] = self().is_second() ? pair[1] : pair[0];
+      } else {
+        bits[i] = pair[0], bits[i + 1] = pair[1];
+      }
+    }
+    return {true, bits, tail_bits(key)};
+  }
+
+  FUSEDOPT_HD Random draw(uint64_t seed, uint64_t step, uint32_t stream,
+                          uint16_t (&bits)[kElements]) const {
+    return draw(random_key(seed, step, stream, self().block()), bits);
+  }
+
+ private:
+  FUSEDOPT_HD const Lane& self() const { return static_cast<const Lane&>(*this); }
+
+  // As with_format(), but that among floats no lane meets doubles.
+  template <class T, class F>
+  FUSEDOPT_HD static void with_lane_format(DType dtype, F&& f) {
+    if constexpr (sizeof(T) == 4) {
+      if constexpr (Lane::has(DType::kBFloat16)) {
+        if (dtype == DType::kBFloat16) return f(BFloat16{});
+      }
+      if constexpr (Lane::has(DType::kFloat16)) {
+        if (dtype == DType::kFloat16) return f(Float16{});
+      }
+      if constexpr (Lane::has(DType::kFloat32)) f(float{});
+    } else {
+      with_format(dtype, f);
+    }
+  }
+};
+
+// A lane's part of a tile in a buffer: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
+// Beyond the tensor's end they are zeros, and may become anything.
+class BufferLane : public LaneMemory<BufferLane> {
+ public:
+  // The tile is the i-th of the buffer's.
+  FUSEDOPT_HD BufferLane(unsigned char* buffer, int i, int lane, int64_t begin, int64_t numel)
+      : buffer_(buffer), i_(i), lane_(lane), first_(begin + lane * kQuad), numel_(numel) {}
+
+  FUSEDOPT_HD int64_t index(int i) const { return first_ + i / kQuad * kRow + i % kQuad; }
+
+  FUSEDOPT_HD uint32_t pair(int i) const { return uint32_t(uint64_t(index(i)) >> 1); }
+
+  FUSEDOPT_HD uint32_t block() const { return pair_block(index(0)); }
+
+  template <class Kind>
+  FUSEDOPT_HD static constexpr bool has(Kind) {
+    return true;
+  }
+
+  template <class Rule, class T>
+  FUSEDOPT_HD void apply(const Rule& rule, T* p, const T* g, T multiplier, T factor,
+                         const States<T>& states) const {
+    apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, kElements);
+  }
+
+  // The bits of the largest magnitude. (Spare elements may have become anything.)
+  template <class T>
+  FUSEDOPT_HD uint32_t largest(T (&x)[kLaneElements]) const {
+    const bool ends = first_ - lane_ * kQuad + kBlock > numel_;
+    FUSEDOPT_VECTORIZE
+    for (int i = 0; ends && i < kLaneElements; ++i) {
+      if (index(i) >= numel_) x[i] = 0;
+    }
+    return largest_magnitude(x, kLaneElements);
   }
 
   template <class Stored>
@@ -112,19 +182,6 @@ class Lane {
     return lane_scale(buffer_, place, i_, lane_);
   }
 
-  FUSEDOPT_HD Random draw(uint64_t seed, uint64_t step, uint32_t stream,
-                          uint16_t (&bits)[kElements]) const {
-    const RandomKey key = random_key(seed, step, stream, uint32_t(uint64_t(index(0)) / 2 >> 32));
-    FUSEDOPT_VECTORIZE
-    for (int row = 0; row < kRows; ++row) {
-      uint16_t quad[kQuad];
-      draw_bits(key, uint32_t(index(row) / 2), quad);
-      FUSEDOPT_VECTORIZE
-      for (int j = 0; j < kQuad; ++j) bits[row * kQuad + j] = quad[j];
-    }
-    return {true, bits, tail_bits(key)};
-  }
-
  private:
   template <class Stored>
   struct alignas(sizeof(Stored) * kQuad < kLargestPiece ? sizeof(Stored) * kQuad : kLargestPiece)
@@ -139,41 +196,28 @@ class Lane {
     return reinterpret_cast<Stored*>(buffer_ + place) + i_ * kBlock + lane_ * kQuad;
   }
 
-  FUSEDOPT_HD int64_t index(int row) const { return first_ + row * kRow; }
-
-  // As with_format(), but that among floats no buffer holds doubles.
-  template <class T, class F>
-  FUSEDOPT_HD static void with_buffered_format(DType dtype, F&& f) {
-    if constexpr (sizeof(T) == 4) {
-      switch (dtype) {
-        case DType::kBFloat16: return f(BFloat16{});
-        case DType::kFloat16: return f(Float16{});
-        default: return f(float{});
-      }
-    } else {
-      with_format(dtype, f);
-    }
-  }
-
   unsigned char* buffer_;
   int i_, lane_;
   int64_t first_, numel_;
 };
 
-// What a lane keeps of a tile.
-template <class T>
+// What a lane keeps of a tile while it is worked on.
+template <class T, int kElements = kLaneElements>
 struct LaneTile {
-  T weights[Lane::kElements], gradients[Lane::kElements], states[kMaxStates][Lane::kElements];
-  uint16_t bits[Lane::kElements];  // random ones
+  T weights[kElements], gradients[kElements], states[kMaxStates][kElements];
+  uint16_t bits[kElements];  // random ones
   uint32_t tail;
   uint32_t largest[kMaxStates];
 };
 
 // What a lane adds up.
+template <class T>
 struct LaneNorm {
   double sum;
-  uint64_t largest;
+  typename BitsOf<T>::type largest;
   uint64_t nonfinite;  // as in DeviceControl
+
+  FUSEDOPT_HD T magnitude() const { return bit_cast<T>(largest); }
 };
 
 FUSEDOPT_HD inline bool takes_part(const DeviceGrad& grad) {
@@ -322,86 +366,123 @@ template <class Rule, class T>
 struct WarpMemory {
   Verdict verdict;
   int32_t group;
+  Group options;  // of that group
   bool first;
   double before;
-  Rule rule;
-  TileStages<T> stages;
+  alignas(16) Rule rule;  // (Read by few instructions.)
+  alignas(16) TileStages<T> stages;
 };
 
-template <class Rule, class T, class Warp>
-FUSEDOPT_HD inline void prepare_rule(Warp& warp, WarpMemory<Rule, T>& memory,
-                                     const DeviceLine& line, const DeviceTask& task) {
-  const double before = task.step == nullptr ? 0 : load_scalar(task.step, task.step_dtype);
-  const bool first = task.task.first && before == task.task.step;
-  const int32_t number = task.task.group;
-  if (number == memory.group && before == memory.before && first == memory.first) return;
-  warp.once([&] {
-    const DeviceGroup& device = line.groups[number];
-    Group group = device.group;
-    if (device.lr != nullptr) group.hyper[0] = load_scalar(device.lr, device.lr_dtype);
-    memory.rule = Rule(group.hyper, before + 1, first);
-    memory.stages = TileStages<T>(memory.verdict.stages, group, before + 1);
-    memory.group = number, memory.before = before, memory.first = first;
-  });
-}
-
-template <class Rule, class T, class Warp>
-FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const TileStages<T>& stages,
-                                         const Task& task, const Gradients& from, int i,
-                                         int64_t begin, unsigned char* buffer) {
-  constexpr int64_t n = Lane::kElements;
-  const bool draws = draws_for_states<Rule>(task);
-  const bool ends = begin + kBlock > task.numel;
-  warp.each([&](int number, LaneTile<T>& tile) {
-    const Lane lane(buffer, i, number, begin, task.numel);
-    // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
-    if (draws) tile.tail = lane.draw(task.extras->seed, stages.step, kStateStream, tile.bits).tail;
-    update_tile(lane, task, from, stages, tile.weights, tile.gradients,
-                [&](T* p, const T* g, T multiplier) {
-                  States<T> states = {};
-                  FUSEDOPT_VECTORIZE
-                  for (int k = 0; k < Rule::kStates; ++k) {
-                    states.data[k] = open_state(lane, task, k, tile.states[k]);
-                  }
-                  apply_rule(rule, p, g, multiplier, stages.factor, states, NoAverage{}, n);
-                });
-    FUSEDOPT_VECTORIZE
-    for (int k = 0; k < Rule::kStates; ++k) {
-      if (task.state[k].dtype != DType::kUInt8) {
-        close_state(lane, task.state[k], k, tile.states[k], Random{draws, tile.bits, tile.tail});
-        continue;
-      }
-      // The lanes' spare elements may have become anything.
-      FUSEDOPT_VECTORIZE
-      for (int i = 0; ends && i < n; ++i) {
-        if (!lane.has(i)) tile.states[k][i] = 0;
-      }
-      tile.largest[k] = largest_magnitude(tile.states[k], n);
-    }
-  });
-  FUSEDOPT_VECTORIZE
-  for (int k = 0; k < Rule::kStates; ++k) {
-    if (task.state[k].dtype != DType::kUInt8) continue;
-    const float scale =
-        block_scale(warp.largest([&](const LaneTile<T>& tile) { return tile.largest[k]; }));
-    warp.each([&](int number, LaneTile<T>& tile) {
-      const Lane lane(buffer, i, number, begin, task.numel);
-      *lane.scale(task.extras->scale[k]) = scale;
-      encode_state(lane, task, k, scale, tile.states[k], Random{draws, tile.bits, tile.tail});
-    });
-  }
-}
-
-// The update, for the tasks of one rule and type.
-template <class Rule, class T, class Warp>
-FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp,
-                                    WarpMemory<Rule, T>& memory, const Buffers& buffers,
-                                    int64_t number, int64_t n_warps) {
-  const DeviceLine& line = arguments.line;
+template <class Arguments, class Rule, class T, class Warp>
+FUSEDOPT_HD inline void begin_update(const Arguments& arguments, Warp& warp,
+                                     WarpMemory<Rule, T>& memory) {
   warp.once([&] {
     memory.verdict = Verdict(arguments.stages, *arguments.control);
     memory.group = -1;
   });
+}
+
+// A task's counter; 0 when nothing counts.
+FUSEDOPT_HD inline double count_of(const void* step, DType dtype) {
+  return step == nullptr ? 0 : load_scalar(step, dtype);
+}
+
+// Copies what is in memory that all lanes can access, each lane some words.
+template <class T, class Warp>
+FUSEDOPT_HD inline void copy_words(Warp& warp, T* to, const T* from) {
+  static_assert(sizeof(T) % sizeof(uint32_t) == 0, "whole words");
+  warp.each([&](int lane, auto&) {
+    FUSEDOPT_KEEP_LOOP
+    for (int i = lane; i < int(sizeof(T) / sizeof(uint32_t)); i += kWarpLanes) {
+      uint32_t word;  // (Of an unknown type: bytes may be of any.)
+      __builtin_memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(word), sizeof(word));
+      __builtin_memcpy(reinterpret_cast<char*>(to) + i * sizeof(word), &word, sizeof(word));
+    }
+  });
+}
+
+// (A function of its own: it needs many registers, for the powers of doubles in it, and seldom
+// runs.)
+template <class Rule, class T>
+FUSEDOPT_OUTLINE void make_rule(WarpMemory<Rule, T>& memory, const DeviceGroup& device,
+                                double before, bool first) {
+  if (device.lr != nullptr) memory.options.hyper[0] = load_scalar(device.lr, device.lr_dtype);
+  memory.rule = Rule(memory.options.hyper, before + 1, first);
+  memory.stages = TileStages<T>(memory.verdict.stages, memory.options, before + 1);
+}
+
+// The rule of a group for the step after `before` ones. `first`: state[0] has not been written.
+template <class Rule, class T, class Warp>
+FUSEDOPT_HD inline void prepare_rule(Warp& warp, WarpMemory<Rule, T>& memory,
+                                     const DeviceGroup* groups, int32_t number, double before,
+                                     bool first) {
+  if (number == memory.group && before == memory.before && first == memory.first) return;
+  copy_words(warp, &memory.options, &groups[number].group);
+  warp.once([&] {
+    make_rule(memory, groups[number], before, first);
+    memory.group = number, memory.before = before, memory.first = first;
+  });
+}
+
+// Works on a lane's part of a tile. States in 8 bits are left to be encoded.
+template <class Rule, class T, class Lane, int kElements>
+FUSEDOPT_HD inline void update_lane_tile(const Lane& lane, const Rule& rule,
+                                         const TileStages<T>& stages, const Task& task,
+                                         const Gradients& from, LaneTile<T, kElements>& tile,
+                                         Random random) {
+  update_tile(lane, task, from, stages, tile.weights, tile.gradients,
+              [&](T* p, const T* g, T multiplier) {
+                States<T> states = {};
+                each_index<Rule::kStates>([&](auto index) {
+                  constexpr int k = decltype(index)::value;
+                  states.data[k] = open_state(lane, task, k, tile.states[k]);
+                });
+                lane.apply(rule, p, g, multiplier, stages.factor, states);
+              });
+  each_index<Rule::kStates>([&](auto index) {
+    constexpr int k = decltype(index)::value;
+    if (task.state[k].dtype == DType::kUInt8) return;
+    close_state(lane, task.state[k], k, tile.states[k], random);
+  });
+}
+
+// Works on a tile. `lane_of(number, state)` is the Memory of a lane, whose state is a LaneTile, and
+// `draw(lane, bits)` draws random bits for it.
+template <class Rule, class T, class Warp, class LaneOf, class Draw>
+FUSEDOPT_HD inline void update_warp_tile(Warp& warp, const Rule& rule, const TileStages<T>& stages,
+                                         const Task& task, const Gradients& from, LaneOf&& lane_of,
+                                         Draw&& draw) {
+  const bool draws = draws_for_states<Rule>(task);
+  warp.each([&](int number, auto& tile) {
+    const auto lane = lane_of(number, tile);
+    // (A pointer to the lane's registers must not be kept in them: they would go to memory.)
+    if (draws) tile.tail = draw(lane, tile.bits).tail;
+    update_lane_tile(lane, rule, stages, task, from, tile, Random{draws, tile.bits, tile.tail});
+    each_index<Rule::kStates>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if (task.state[k].dtype == DType::kUInt8) tile.largest[k] = lane.largest(tile.states[k]);
+    });
+  });
+  each_index<Rule::kStates>([&](auto index) {
+    constexpr int k = decltype(index)::value;
+    if (task.state[k].dtype != DType::kUInt8) return;
+    const float scale =
+        block_scale(warp.largest([&](const auto& tile) { return tile.largest[k]; }));
+    warp.each([&](int number, auto& tile) {
+      const auto lane = lane_of(number, tile);
+      *lane.scale(task.extras->scale[k]) = scale;
+      encode_state(lane, task, k, scale, tile.states[k], Random{draws, tile.bits, tile.tail});
+    });
+  });
+}
+
+// The update, for the tasks of one rule and type.
+template <class Rule, class T, class Warp>
+FUSEDOPT_HD inline void update_warp(const UpdateArguments<DeviceLine>& arguments, Warp& warp,
+                                    WarpMemory<Rule, T>& memory, const Buffers& buffers,
+                                    int64_t number, int64_t n_warps) {
+  const DeviceLine& line = arguments.line;
+  begin_update(arguments, warp, memory);
   if (memory.verdict.skip) return;
   int32_t opened = -1;
   stream_spans<T>(
@@ -420,12 +501,21 @@ FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp
       },
       [&](int32_t t, int64_t begin, unsigned char* buffer) {
         const DeviceTask& task = line.tasks[t];
-        if (t != opened) prepare_rule(warp, memory, line, task);
+        if (t != opened) {
+          const double before = count_of(task.step, task.step_dtype);
+          prepare_rule(warp, memory, line.groups, task.task.group, before,
+                       task.task.first && before == task.task.step);
+        }
         opened = t;
         const Gradients from = gradients_of(task, line.grads[t]);
-        each_tile<T>(begin, task.task.numel, [&](int i, int64_t begin) {
-          update_warp_tile<Rule, T>(warp, memory.rule, memory.stages, task.task, from, i, begin,
-                                    buffer);
+        const int64_t numel = task.task.numel;
+        each_tile<T>(begin, numel, [&](int i, int64_t begin) {
+          update_warp_tile(
+              warp, memory.rule, memory.stages, task.task, from,
+              [&](int number, LaneTile<T>&) { return BufferLane(buffer, i, number, begin, numel); },
+              [&](const BufferLane& lane, auto& bits) {
+                return lane.draw(task.extras.seed, memory.stages.step, kStateStream, bits);
+              });
         });
         warp.each([&](int number, LaneTile<T>&) {
           const LaneSpan<T> span(buffer, number, begin, task.task.numel);
@@ -439,55 +529,105 @@ FUSEDOPT_HD inline void update_warp(const UpdateArguments& arguments, Warp& warp
       });
 }
 
-// When all warps are done with it: what one of `n` threads does.
-FUSEDOPT_HD inline void finish_update(const UpdateArguments& arguments, int64_t thread, int64_t n) {
-  const DeviceLine& line = arguments.line;
-  const Verdict verdict(arguments.stages, *arguments.control);
-  if (verdict.skip) {
-    if (thread == 0 && arguments.last_launch) ++arguments.control->skipped;
-    return;
+FUSEDOPT_HD inline void store_count(void* step, DType dtype, double count) {
+  if (dtype == DType::kFloat64) {
+    *static_cast<double*>(step) = count;
+  } else {
+    *static_cast<float*>(step) = float(count);
   }
+}
+
+// What one of `n` threads does of: adds one to the counters of `n_tasks` tasks, where task_of(i) is
+// the i-th's number on the line, or -1.
+template <class Line, class TaskOf>
+FUSEDOPT_HD inline void advance_counters(const Line& line, int32_t n_tasks, int64_t thread,
+                                         int64_t n, TaskOf&& task_of) {
   // Some at a time, so that a thread does not wait for each of the thousands that there may be.
   constexpr int kBatch = 8;
-  for (int64_t first = thread; first < line.n_tasks; first += kBatch * n) {
+  for (int64_t first = thread; first < n_tasks; first += kBatch * n) {
     void* steps[kBatch];
     DType dtypes[kBatch];
     double counts[kBatch];
     FUSEDOPT_VECTORIZE
     for (int k = 0; k < kBatch; ++k) {
-      const int64_t i = first + k * n;
-      steps[k] = i < line.n_tasks && takes_part(line.grads[i]) ? line.tasks[i].step : nullptr;
+      const int32_t i = first + k * n < n_tasks ? task_of(first + k * n) : -1;
+      steps[k] = i >= 0 && takes_part(line.grads[i]) ? line.tasks[i].step : nullptr;
       dtypes[k] = steps[k] == nullptr ? DType::kFloat32 : line.tasks[i].step_dtype;
     }
     FUSEDOPT_VECTORIZE
-    for (int k = 0; k < kBatch; ++k) {
-      counts[k] = steps[k] == nullptr ? 0 : load_scalar(steps[k], dtypes[k]);
-    }
+    for (int k = 0; k < kBatch; ++k) counts[k] = count_of(steps[k], dtypes[k]);
     FUSEDOPT_VECTORIZE
     for (int k = 0; k < kBatch; ++k) {
-      if (steps[k] == nullptr) continue;
-      if (dtypes[k] == DType::kFloat64) {
-        *static_cast<double*>(steps[k]) = counts[k] + 1;
-      } else {
-        *static_cast<float*>(steps[k]) = float(counts[k] + 1);
-      }
+      if (steps[k] != nullptr) store_count(steps[k], dtypes[k], counts[k] + 1);
     }
   }
 }
 
+// Whether the step was skipped, which then is counted by one thread.
+template <class Arguments>
+FUSEDOPT_HD inline bool was_skipped(const Arguments& arguments, int64_t thread) {
+  const Verdict verdict(arguments.stages, *arguments.control);
+  if (verdict.skip && thread == 0 && arguments.last_launch) ++arguments.control->skipped;
+  return verdict.skip;
+}
+
+// When all warps are done with it: what one of `n` threads does.
+FUSEDOPT_OUTLINE void finish_update(const UpdateArguments<DeviceLine>& arguments, int64_t thread,
+                                    int64_t n) {
+  if (was_skipped(arguments, thread)) return;
+  const DeviceLine& line = arguments.line;
+  advance_counters(line, line.n_tasks, thread, n, [](int64_t i) { return int32_t(i); });
+}
+
+// A lane's part of a tile's gradients, of the task at `place`.
+template <class T>
+FUSEDOPT_HD inline void add_to_norm(LaneNorm<T>& norm, const T* g, bool sums, T multiplier,
+                                    int64_t place) {
+  auto largest = magnitude_bits(g[0]);
+  FUSEDOPT_VECTORIZE
+  for (int j = 1; j < kLaneElements; ++j) {
+    const auto bits = magnitude_bits(g[j]);
+    largest = bits > largest ? bits : largest;
+  }
+  if (sums) norm.sum += sum_of_squares<kLaneElements>(g, largest);
+  norm.largest = largest > norm.largest ? largest : norm.largest;
+  // The largest tells of all, also when it is multiplied; inf and nan are largest.
+  const auto infinity = magnitude_bits(T(INFINITY));
+  if (largest >= infinity || magnitude_bits(bit_cast<T>(largest) * multiplier) >= infinity) {
+    const uint64_t number = kFirstPlace - place;
+    norm.nonfinite = number > norm.nonfinite ? number : norm.nonfinite;
+  }
+}
+
+// Where a warp leaves what its lanes have added up.
+template <class Line, class Warp>
+FUSEDOPT_HD inline void report_norm(const MeasureArguments<Line>& arguments, Warp& warp, bool sums,
+                                    int64_t number) {
+  const double total = sums ? warp.sum([](const auto& norm) { return norm.sum; })
+                            : bit_cast<double>(warp.largest([](const auto& norm) {
+                                return magnitude_bits(double(norm.magnitude()));
+                              }));
+  const uint64_t nonfinite = warp.largest([](const auto& norm) { return norm.nonfinite; });
+  warp.each([&](int lane, auto&) {
+    if (lane != 0) return;
+    arguments.partial[number] = total;
+    if (nonfinite != 0) warp.raise(&arguments.control->nonfinite, nonfinite);
+  });
+}
+
 // The norm's parts: one warp's.
 template <class T, class Warp>
-FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& warp,
+FUSEDOPT_HD inline void measure_warp(const MeasureArguments<DeviceLine>& arguments, Warp& warp,
                                      const Buffers& buffers, int64_t number, int64_t n_warps) {
   const DeviceLine& line = arguments.line;
   const T multiplier = T(Verdict(arguments.stages).stages.grad_multiplier);
   const bool sums = arguments.stages.norm != NormType::kInfinity;
-  warp.each([&](int, LaneNorm& norm) { norm = {0, 0, 0}; });
+  warp.each([&](int, LaneNorm<T>& norm) { norm = {0, 0, 0}; });
   stream_spans<T>(
       warp, line, buffers, number, n_warps,
       [&](int32_t t, int64_t begin, unsigned char* buffer) {
         const DeviceTask& task = line.tasks[t];
-        warp.each([&](int number, LaneNorm&) {
+        warp.each([&](int number, LaneNorm<T>&) {
           const LaneSpan<T> span(buffer, number, begin, task.task.numel);
           fetch_operands(warp, span, task, line.grads[t], kOtherOperands);
         });
@@ -497,46 +637,22 @@ FUSEDOPT_HD inline void measure_warp(const MeasureArguments& arguments, Warp& wa
         const int64_t numel = task.task.numel;
         const Gradients from = gradients_of(task, line.grads[t]);
         each_tile<T>(begin, numel, [&](int i, int64_t begin) {
-          warp.each([&](int number, LaneNorm& norm) {
-            const Lane lane(buffer, i, number, begin, numel);
-            T tile[Lane::kElements];
-            const T* const g = open_gradients(lane, from, tile);
-            auto largest = magnitude_bits(g[0]);
-            FUSEDOPT_VECTORIZE
-            for (int j = 0; j < Lane::kElements; ++j) {
-              const auto bits = magnitude_bits(g[j]);
-              largest = bits > largest ? bits : largest;
-              if (sums) norm.sum = add_square(norm.sum, g[j]);
-            }
-            const T magnitude = bit_cast<T>(largest);
-            // The largest tells of all, also when it is multiplied; inf and nan are largest.
-            const auto infinity = magnitude_bits(T(INFINITY));
-            if (largest >= infinity || magnitude_bits(magnitude * multiplier) >= infinity) {
-              const uint64_t place = kFirstPlace - task.place;
-              norm.nonfinite = place > norm.nonfinite ? place : norm.nonfinite;
-            }
-            const uint64_t bits = magnitude_bits(double(magnitude));
-            norm.largest = bits > norm.largest ? bits : norm.largest;
+          warp.each([&](int number, LaneNorm<T>& norm) {
+            const BufferLane lane(buffer, i, number, begin, numel);
+            T tile[kLaneElements];
+            add_to_norm(norm, open_gradients(lane, from, tile), sums, multiplier, task.place);
           });
         });
       });
-  const double sum =
-      sums ? warp.sum([](const LaneNorm& norm) { return norm.sum; })
-           : bit_cast<double>(warp.largest([](const LaneNorm& norm) { return norm.largest; }));
-  const uint64_t nonfinite = warp.largest([](const LaneNorm& norm) { return norm.nonfinite; });
-  warp.each([&](int lane, LaneNorm&) {
-    if (lane != 0) return;
-    arguments.partial[number] = sum;
-    if (nonfinite != 0) warp.raise(&arguments.control->nonfinite, nonfinite);
-  });
+  report_norm(arguments, warp, sums, number);
 }
 
 // When all of them are there: what one warp does.
-template <class Warp>
-FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& warp,
+template <class Line, class Warp>
+FUSEDOPT_HD inline void finish_measure(const MeasureArguments<Line>& arguments, Warp& warp,
                                        int64_t n_warps) {
   const bool sums = arguments.stages.norm != NormType::kInfinity;
-  warp.each([&](int lane, LaneNorm& norm) {
+  warp.each([&](int lane, LaneNorm<double>& norm) {
     norm = {0, 0, 0};
 #if defined(__CUDACC__)
 #pragma unroll 16  // there may be thousands: have many on the way at a time
@@ -548,10 +664,10 @@ FUSEDOPT_HD inline void finish_measure(const MeasureArguments& arguments, Warp& 
       norm.largest = bits > norm.largest ? bits : norm.largest;
     }
   });
-  const double sum = warp.sum([](const LaneNorm& norm) { return norm.sum; });
+  const double sum = warp.sum([](const LaneNorm<double>& norm) { return norm.sum; });
   const double largest =
-      bit_cast<double>(warp.largest([](const LaneNorm& norm) { return norm.largest; }));
-  warp.each([&](int lane, LaneNorm&) {
+      bit_cast<double>(warp.largest([](const LaneNorm<double>& norm) { return norm.largest; }));
+  warp.each([&](int lane, LaneNorm<double>&) {
     if (lane != 0) return;
     DeviceControl& control = *arguments.control;
     const double before = arguments.first_launch ? 0 : control.total;
@@ -590,11 +706,11 @@ FUSEDOPT_HD inline void accumulate_warp(const DeviceLine& line, Warp& warp, cons
         const int64_t numel = task.task.numel;
         each_tile<T>(begin, numel, [&](int i, int64_t begin) {
           warp.each([&](int number, LaneTile<T>& tile) {
-            const Lane lane(buffer, i, number, begin, numel);
+            const BufferLane lane(buffer, i, number, begin, numel);
             const T* const g = lane.open(task.task.grad, tile.gradients);
             const bool adds = grad.accumulated != 0;
             T* const sum = adds ? lane.open(task.extras.grad_sum, tile.weights) : tile.weights;
-            accumulate(g, adds, sum, Lane::kElements);
+            accumulate(g, adds, sum, kLaneElements);
             lane.close(task.extras.grad_sum, sum);
           });
         });

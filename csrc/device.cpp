@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 namespace fusedopt {
@@ -83,6 +84,7 @@ void DeviceBuffer::use(const TensorMemory& memory, const CudaQueue& queue) {
 void ResidentTable::load(const TensorMemory& memory, const CudaQueue& queue, const Plan& plan,
                          const std::vector<DeviceCounter>& counters,
                          const std::vector<DeviceRate>& rates, bool same_tasks) {
+  if (!table_.fits(plan)) same_tasks = false;
   if (!same_tasks) {
     const size_t bytes = table_.lay_out(plan, counters);
     if (bytes > buffer_.bytes()) {
@@ -120,7 +122,7 @@ void ResidentTable::upload(const CudaQueue& queue, size_t begin, size_t end) {
 std::vector<Launch> write_captured(const TensorMemory& memory, const CudaQueue& queue,
                                    const Plan& plan, const std::vector<DeviceCounter>& counters,
                                    const std::vector<DeviceRate>& rates, const py::object& other) {
-  DeviceTable table(cuda_max_warps(queue.device));
+  DeviceTable table({cuda_max_warps(queue.device), cuda_direct_formats});
   std::vector<char> image(table.lay_out(plan, counters));
   table.write_grads(plan, image.data());
   table.write_groups(plan, rates, image.data());
@@ -179,9 +181,10 @@ void Device::load(const Plan& plan, const std::vector<DeviceCounter>& counters,
   launches_ = table_->launches();
 }
 
-MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
+template <class Line>
+MeasureArguments<Line> Device::measure_arguments(const DeviceStages& stages) const {
   double* const words = reinterpret_cast<double*>(report_.data());
-  MeasureArguments arguments = {};
+  MeasureArguments<Line> arguments = {};
   arguments.stages = stages;
   arguments.control = control();
   arguments.grad_norm = words + kNormWord;
@@ -190,19 +193,26 @@ MeasureArguments Device::measure_arguments(const DeviceStages& stages) const {
 }
 
 void Device::measure(const DeviceStages& stages, bool alone) {
-  MeasureArguments arguments = measure_arguments(stages);
   measuring_ = true;
   for (const Launch& launch : launches_) {
-    arguments.line = launch.line;
-    arguments.first_launch = &launch == &launches_.front();
-    arguments.last_launch = alone && &launch == &launches_.back();
-    cuda_measure(queue_, launch.in_double, arguments);
+    const auto with_line = [&](const auto& line) {
+      auto arguments = measure_arguments<std::decay_t<decltype(line)>>(stages);
+      arguments.line = line;
+      arguments.first_launch = &launch == &launches_.front();
+      arguments.last_launch = alone && &launch == &launches_.back();
+      return arguments;
+    };
+    if (launch.formats == kAnyFormats) {
+      cuda_measure(queue_, launch.in_double, with_line(launch.line));
+    } else {
+      cuda_measure_direct(queue_, launch.formats, with_line(launch.direct));
+    }
   }
   measuring_ = !alone;
 }
 
 void Device::finish_measure(const DeviceStages& stages) {
-  MeasureArguments arguments = measure_arguments(stages);  // of no tasks
+  auto arguments = measure_arguments<DeviceLine>(stages);  // of no tasks
   arguments.line.chunk_spans = 1;
   arguments.last_launch = true;
   cuda_measure(queue_, false, arguments);
@@ -211,14 +221,20 @@ void Device::finish_measure(const DeviceStages& stages) {
 
 void Device::update(const DeviceStages& stages, bool counts_skips) {
   for (const Launch& launch : launches_) {
-    const bool last = &launch == &launches_.back();
-    cuda_update(queue_, launch.rule, launch.in_double,
-                {launch.line, stages, control(), last && counts_skips});
+    const bool last = counts_skips && &launch == &launches_.back();
+    if (launch.formats == kAnyFormats) {
+      cuda_update(queue_, launch.rule, launch.in_double, {launch.line, stages, control(), last});
+    } else {
+      cuda_update_direct(queue_, launch.rule, launch.formats,
+                         {launch.direct, stages, control(), last});
+    }
   }
 }
 
 void Device::accumulate() {
   for (const Launch& launch : launches_) {
+    // (Where gradients are accumulated, the general kernel takes them.)
+    if (launch.formats != kAnyFormats) continue;
     cuda_accumulate(queue_, launch.in_double, launch.line);
   }
 }

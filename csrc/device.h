@@ -45,7 +45,7 @@ class DeviceBuffer {
 // A DeviceTable in device memory.
 class ResidentTable {
  public:
-  explicit ResidentTable(int64_t n_warps) : table_(n_warps) {}
+  explicit ResidentTable(int64_t n_warps) : table_({n_warps, cuda_direct_formats}) {}
 
   // Copies what has changed. `same_tasks`: only gradients and groups may have, since last time.
   void load(const TensorMemory& memory, const CudaQueue& queue, const Plan& plan,
@@ -110,7 +110,8 @@ class Device {
   static_assert(sizeof(DeviceControl) % 8 == 0);
 
  private:
-  MeasureArguments measure_arguments(const DeviceStages& stages) const;
+  template <class Line>
+  MeasureArguments<Line> measure_arguments(const DeviceStages& stages) const;
   void forget_measured();
 
   DeviceControl* control() const { return reinterpret_cast<DeviceControl*>(report_.data()); }

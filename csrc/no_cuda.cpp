@@ -28,9 +28,15 @@ int64_t cuda_max_warps(int) { fail(); }
 
 void cuda_upload(const CudaQueue&, void*, const void*, size_t) { fail(); }
 
-void cuda_update(const CudaQueue&, int, bool, const UpdateArguments&) { fail(); }
+void cuda_update(const CudaQueue&, int, bool, const UpdateArguments<DeviceLine>&) { fail(); }
 
-void cuda_measure(const CudaQueue&, bool, const MeasureArguments&) { fail(); }
+int cuda_direct_formats(int) { return 0; }
+
+void cuda_update_direct(const CudaQueue&, int, int, const UpdateArguments<DirectLine>&) { fail(); }
+
+void cuda_measure(const CudaQueue&, bool, const MeasureArguments<DeviceLine>&) { fail(); }
+
+void cuda_measure_direct(const CudaQueue&, int, const MeasureArguments<DirectLine>&) { fail(); }
 
 void cuda_accumulate(const CudaQueue&, bool, const DeviceLine&) { fail(); }
 

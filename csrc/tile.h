@@ -16,6 +16,7 @@
 //     scale(scales)               the tile's own among the scales of 8-bit state
 //     draw(seed, step, stream, buffer)
 //                                 random bits for its elements
+//     has(dtype), has(precision)  whether any task may have it: what none has is not compiled
 #pragma once
 
 #include "plan.h"
@@ -52,10 +53,12 @@ FUSEDOPT_HD inline void with_format(DType dtype, F&& f) {
 }
 
 // Calls f(P{}) with the 16-bit format.
-template <class F>
+template <class Memory, class F>
 FUSEDOPT_HD inline void with_half(DType dtype, F&& f) {
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
+  if constexpr (Memory::has(DType::kBFloat16)) {
+    if (dtype == DType::kBFloat16) return f(BFloat16{});
+  }
+  if constexpr (Memory::has(DType::kFloat16)) f(Float16{});
 }
 
 // Where the gradients come from: what one backward pass left, what was accumulated before, or both.
@@ -91,30 +94,31 @@ FUSEDOPT_HD inline float* open_weights(const Memory& memory, const Task& task, f
   float* const p = memory.open(task.param, buffer);
   if (task.extras == nullptr) return p;
   const Operand& hidden = task.extras->hidden;
+  const WeightPrecision precision = task.extras->precision;
   const int64_t n = memory.length();
-  switch (task.extras->precision) {
-    case WeightPrecision::kNearest:
-    case WeightPrecision::kStochastic: break;
-    case WeightPrecision::kMaster: {
+  if constexpr (Memory::has(WeightPrecision::kMaster)) {
+    if (precision == WeightPrecision::kMaster) {
       alignas(64) float master_buffer[Memory::kElements];
       float* const master = memory.open(hidden, master_buffer);
-      with_half(task.param.dtype,
-                [&](auto format) { join_masters<decltype(format)>(p, master, n); });
+      with_half<Memory>(task.param.dtype,
+                        [&](auto format) { join_masters<decltype(format)>(p, master, n); });
       if (memory.template in_place<float>(hidden)) return master;
       FUSEDOPT_VECTORIZE
       for (int64_t i = 0; i < n; ++i) p[i] = master[i];
-      break;
     }
-    case WeightPrecision::kRemainder: {
+  }
+  if constexpr (Memory::has(WeightPrecision::kRemainder)) {
+    if (precision == WeightPrecision::kRemainder) {
       alignas(64) int16_t hidden_buffer[Memory::kElements];
       join_remainders(p, memory.template read<int16_t>(hidden, hidden_buffer), n);
-      break;
     }
-    case WeightPrecision::kKahan: {
+  }
+  if constexpr (Memory::has(WeightPrecision::kKahan)) {
+    if (precision == WeightPrecision::kKahan) {
       alignas(64) int16_t hidden_buffer[Memory::kElements];
       const int16_t* const lost = memory.template read<int16_t>(hidden, hidden_buffer);
-      with_half(task.param.dtype, [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
-      break;
+      with_half<Memory>(task.param.dtype,
+                        [&](auto format) { join_kahans<decltype(format)>(p, lost, n); });
     }
   }
   return p;
@@ -130,27 +134,34 @@ FUSEDOPT_HD inline void close_weights(const Memory& memory, const Task& task, ui
                                       float* p) {
   const Extras* const extras = task.extras;
   const int64_t n = memory.length();
-  switch (extras == nullptr ? WeightPrecision::kNearest : extras->precision) {
-    case WeightPrecision::kNearest: break;
-    case WeightPrecision::kMaster:
+  const WeightPrecision precision =
+      extras == nullptr ? WeightPrecision::kNearest : extras->precision;
+  if constexpr (Memory::has(WeightPrecision::kMaster)) {
+    if (precision == WeightPrecision::kMaster) {
       if (task.param.dtype == DType::kBFloat16) move_off_upper_ties(p, n);
       memory.close(extras->hidden, p);
-      break;
-    case WeightPrecision::kRemainder:
+    }
+  }
+  if constexpr (Memory::has(WeightPrecision::kRemainder)) {
+    if (precision == WeightPrecision::kRemainder) {
       move_off_upper_ties(p, n);
       memory.template write<int16_t>(extras->hidden,
                                      [&](int16_t* to) { split_remainders(p, to, n); });
-      break;
-    case WeightPrecision::kKahan:
-      with_half(task.param.dtype, [&](auto format) {
+    }
+  }
+  if constexpr (Memory::has(WeightPrecision::kKahan)) {
+    if (precision == WeightPrecision::kKahan) {
+      with_half<Memory>(task.param.dtype, [&](auto format) {
         memory.template write<int16_t>(
             extras->hidden, [&](int16_t* to) { split_kahans<decltype(format)>(p, to, n); });
       });
-      break;
-    case WeightPrecision::kStochastic: {
+    }
+  }
+  if constexpr (Memory::has(WeightPrecision::kStochastic)) {
+    if (precision == WeightPrecision::kStochastic) {
       alignas(64) uint16_t random[Memory::kElements];
       memory.draw(extras->seed, step, kWeightStream, random);
-      return with_half(task.param.dtype, [&](auto format) {
+      return with_half<Memory>(task.param.dtype, [&](auto format) {
         memory.template write<decltype(format)>(
             task.param, [&](auto* to) { round_all_randomly(p, random, 0, to, n); });
       });
@@ -162,16 +173,20 @@ FUSEDOPT_HD inline void close_weights(const Memory& memory, const Task& task, ui
 template <class T, class Memory>
 FUSEDOPT_HD inline T* open_state(const Memory& memory, const Task& task, int k, T* buffer) {
   const Operand& state = task.state[k];
-  if (state.dtype != DType::kUInt8) return memory.open(state, buffer);
-  alignas(64) uint8_t code_buffer[Memory::kElements];
-  const uint8_t* const codes = memory.template read<uint8_t>(state, code_buffer);
-  const float scale = *memory.scale(task.extras->scale[k]);
-  if (task.extras->square[k]) {
-    decode_block<true>(codes, scale, buffer, memory.length());
-  } else {
-    decode_block<false>(codes, scale, buffer, memory.length());
+  if constexpr (Memory::has(DType::kUInt8)) {
+    if (state.dtype == DType::kUInt8) {
+      alignas(64) uint8_t code_buffer[Memory::kElements];
+      const uint8_t* const codes = memory.template read<uint8_t>(state, code_buffer);
+      const float scale = *memory.scale(task.extras->scale[k]);
+      if (task.extras->square[k]) {
+        decode_block<true>(codes, scale, buffer, memory.length());
+      } else {
+        decode_block<false>(codes, scale, buffer, memory.length());
+      }
+      return buffer;
+    }
   }
-  return buffer;
+  return memory.open(state, buffer);
 }
 
 // Writes a state in 8 bits, given the scale.
@@ -192,16 +207,22 @@ FUSEDOPT_HD inline void encode_state(const Memory& memory, const Task& task, int
 template <class T, class Memory>
 FUSEDOPT_HD inline void close_state(const Memory& memory, const Operand& state, int k,
                                     const T* tile, Random random) {
-  if (state.dtype != DType::kBFloat16 || !random.drawn) return memory.close(state, tile);
-  memory.template write<BFloat16>(
-      state, [&](BFloat16* to) { round_all_randomly(tile, random.bits, k, to, memory.length()); });
+  if constexpr (Memory::has(DType::kBFloat16)) {
+    if (state.dtype == DType::kBFloat16 && random.drawn) {
+      return memory.template write<BFloat16>(state, [&](BFloat16* to) {
+        round_all_randomly(tile, random.bits, k, to, memory.length());
+      });
+    }
+  }
+  memory.close(state, tile);
 }
 
 // Whether any of the rule's states is rounded at random.
 template <class Rule>
 FUSEDOPT_HD inline bool draws_for_states(const Task& task) {
   bool draws = task.extras != nullptr && task.extras->random_state;
-  for (int k = 0; k < Rule::kStates; ++k) draws |= task.state[k].dtype == DType::kUInt8;
+  each_index<Rule::kStates>(
+      [&](auto k) { draws |= task.state[decltype(k)::value].dtype == DType::kUInt8; });
   return draws;
 }
 

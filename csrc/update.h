@@ -10,6 +10,7 @@
 #include "gradient.h"
 #include "plan.h"
 #include "quantize.h"
+#include "quick.h"
 #include "random.h"
 #include "rules.h"
 #include "store.h"
@@ -140,6 +141,28 @@ struct NoAverage {
   FUSEDOPT_ELEMENT void operator()(int64_t, T) const {}
 };
 
+// Applies the rule to an element, as numbers of the kind E. Returns whether what came out is known
+// to be what floats would have given.
+template <class E, class Rule, class T, class RuleStates, class RuleAverage>
+FUSEDOPT_ELEMENT inline bool apply_to_element(const Rule& rule, T* p, const T* g, T multiplier,
+                                              T factor, const RuleStates& s,
+                                              const RuleAverage& average, int64_t i) {
+  E state[kMaxStates] = {0, 0, 0};
+  if constexpr (Rule::kStates > 0) state[0] = s.template load<0>(i);
+  if constexpr (Rule::kStates > 1) state[1] = s.template load<1>(i);
+  if constexpr (Rule::kStates > 2) state[2] = s.template load<2>(i);
+  E weight = p[i];
+  rule(weight, E(g[i] * multiplier * factor), state);
+  p[i] = value_of(weight);
+  if constexpr (Rule::kStates > 0) s.template store<0>(i, value_of(state[0]));
+  if constexpr (Rule::kStates > 1) s.template store<1>(i, value_of(state[1]));
+  if constexpr (Rule::kStates > 2) s.template store<2>(i, value_of(state[2]));
+  average(i, value_of(weight));
+  bool exact = is_exact(weight);
+  for (int k = 0; k < Rule::kStates; ++k) exact &= is_exact(state[k]);
+  return exact;
+}
+
 // Applies the rule to n elements in place, on gradients times multiplier times factor. (One may
 // be finite where their product is not.)
 template <class Rule, class T, class RuleStates, class RuleAverage>
@@ -147,17 +170,7 @@ FUSEDOPT_HD inline void apply_rule(const Rule rule, T* p, const T* g, T multipli
                                    const RuleStates s, const RuleAverage average, int64_t n) {
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    T state[kMaxStates] = {};
-    if constexpr (Rule::kStates > 0) state[0] = s.template load<0>(i);
-    if constexpr (Rule::kStates > 1) state[1] = s.template load<1>(i);
-    if constexpr (Rule::kStates > 2) state[2] = s.template load<2>(i);
-    T weight = p[i];
-    rule(weight, g[i] * multiplier * factor, state);
-    p[i] = weight;
-    if constexpr (Rule::kStates > 0) s.template store<0>(i, state[0]);
-    if constexpr (Rule::kStates > 1) s.template store<1>(i, state[1]);
-    if constexpr (Rule::kStates > 2) s.template store<2>(i, state[2]);
-    average(i, weight);
+    apply_to_element<T>(rule, p, g, multiplier, factor, s, average, i);
   }
 }
 
@@ -173,6 +186,21 @@ template <class T>
 FUSEDOPT_HD inline void update_average(const Average<T> average, const T* p, int64_t n) {
   FUSEDOPT_VECTORIZE
   for (int64_t i = 0; i < n; ++i) average(i, p[i]);
+}
+
+// Calls f(Index<0>{}), f(Index<1>{}) and so on, n times: a loop for those who need its number when
+// they are compiled.
+template <int k>
+struct Index {
+  static constexpr int value = k;
+};
+
+template <int n, class F>
+FUSEDOPT_ELEMENT inline void each_index(F&& f) {
+  if constexpr (n > 0) {
+    each_index<n - 1>(f);
+    f(Index<n - 1>{});
+  }
 }
 
 // What the random bits of a step are for.

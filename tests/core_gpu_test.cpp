@@ -85,7 +85,7 @@ void test_gpu_norm() {
         // What was left of the step before does not matter.
         control.total = 1e300, control.found = 7;
         emulated::measure(mixed.plan(), options, &control, &norms[k]);
-        check(std::fabs(norms[k] - expected) <= 1e-14 * expected, "gpu norm", int(type), k);
+        check(std::fabs(norms[k] - expected) <= 0x1p-23 * expected, "gpu norm", int(type), k);
         check(type == NormType::kTwo || norms[k] == expected, "gpu inf norm", k);
         check(control.found == 0 && control.nonfinite == 0, "all finite", k);
       }
@@ -301,8 +301,147 @@ void test_gpu_grids() {
   }
 }
 
+// Each combination of formats goes to its own kernel, as long as nothing else is there.
+void test_gpu_formats() {
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (int i = 0; i < emulated::count_direct_formats(rule); ++i) {
+      const Formats& formats = kFormats[i];
+      Setup setup(rule);
+      setup.param = formats.param, setup.grad = formats.grad, setup.state = formats.state;
+      setup.precision = formats.precision, setup.averages = formats.ema;
+      Model model = make_model(setup, {700, 0, 3});
+      const Step step(model, setup);
+      const emulated::Options options = gpu_options(step.plan());
+      const std::vector<int> one = {i}, none = {kAnyFormats};
+      check(emulated::formats_of_launches(step.plan(), options) == one, "a kernel of its own", rule,
+            i);
+      Setup accumulates = setup;
+      accumulates.accumulated = true;
+      Model other = make_model(accumulates, {700});
+      const Step accumulated(other, accumulates);
+      check(emulated::formats_of_launches(accumulated.plan(), gpu_options(accumulated.plan())) ==
+                none,
+            "the general kernel accumulates", rule, i);
+      Task task = step.task(0);
+      task.grad.data = static_cast<char*>(task.grad.data) + 4;
+      const Task* tasks[] = {&task};
+      Plan plan = step.plan();
+      plan.tasks = tasks, plan.n_tasks = 1;
+      check(emulated::formats_of_launches(plan, gpu_options(plan)) == none,
+            "the general kernel takes what is not aligned", rule, i);
+    }
+  }
+  Setup halves(0, DType::kFloat16);
+  Model model = make_model(halves, {700});
+  const Step step(model, halves);
+  check(emulated::formats_of_launches(step.plan(), gpu_options(step.plan())) ==
+            std::vector<int>{kAnyFormats},
+        "and other formats");
+}
+
+// Tiles in which some or all numbers are such that roots and quotients are computed the long way.
+void test_gpu_unusual_numbers() {
+  const float numbers[] = {0.0f, -0.0f, 1e-45f, -1e-38f, 1e-30f, 1e-19f, 1e19f, 3e38f, -kInf, kNan};
+  for (int rule = 0; rule < kRules; ++rule) {
+    for (int i = 0; i < emulated::count_direct_formats(rule); ++i) {
+      for (double eps : {0.0, 1e-20, 1e-8}) {
+        Setup setup(rule);
+        setup.param = kFormats[i].param, setup.grad = kFormats[i].grad;
+        setup.state = kFormats[i].state, setup.precision = kFormats[i].precision;
+        setup.averages = kFormats[i].ema;
+        setup.group.hyper[rule < 2 ? 3 : 2] = eps;
+        const Model start = make_model(setup, {256 * 12, 300, 5});
+        Model model = start;
+        for (size_t t = 0; t < model.size(); ++t) {
+          for (int64_t j = 0; j < model[t][kGrad].numel; ++j) {
+            const int64_t tile = j / 256;
+            const bool all = tile % 2 == 0;
+            if (!all && j % 97 != 0) continue;
+            const float x = numbers[(tile + (all ? 0 : j)) % 10];
+            model[t][kGrad].set(j, x);
+            if (setup.coded()) continue;
+            model[t][kState].set(j, j % 2 ? x : 0.0f);
+            model[t][kState + 1].set(j, std::fabs(x));
+          }
+        }
+        Model expected = model;
+        Step(model, setup).update(&emulated::kKernels);
+        Step(expected, setup).update(&avx2::kKernels);
+        check(same_bits(model, expected), "unusual numbers", rule, i);
+      }
+    }
+  }
+}
+
+// All mantissas for roots, many for quotients; with estimates as bad as they may be.
+void test_quick_numbers() {
+  const auto same = [](float a, float b) { return bits_of(a) == bits_of(b); };
+  for (int exponent : {127, 128, 27, 28, 227, 254}) {
+    int64_t wrong = 0, unsure = 0;
+    for (uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {
+      const float x = from_bits(uint32_t(exponent) << 23 | mantissa);
+      const auto [root, exact] = emulated::quick_root(x);
+      wrong += exact && !same(root, std::sqrt(x));
+      unsure += !exact;
+    }
+    check(wrong == 0 && unsure == 0, "quick roots", exponent, int(wrong), unsure);
+  }
+  std::mt19937 random(3);
+  int64_t wrong = 0, unsure = 0;
+  for (int i = 0; i < 30'000'000; ++i) {
+    const uint32_t low = uint32_t(random()), high = uint32_t(random());
+    // Few bits in one of them: quotients next to the middle between two floats.
+    const uint32_t mask = i % 3 == 0 ? 0x7ff000 : i % 3 == 1 ? 0x7fffff : 0x700007;
+    const float a = from_bits((low & 0x80000000u) | (112 + low % 31) << 23 | (low >> 3 & 0x7fffff));
+    const float b = from_bits((112 + high % 29) << 23 | (high >> 5 & mask));
+    const auto [quotient, exact] = emulated::quick_quotient(a, b);
+    wrong += exact && !same(quotient, a / b);
+    unsure += !exact;
+  }
+  check(wrong == 0 && unsure == 0, "quick quotients", int(wrong), int(unsure));
+  for (int i = 0; i < 30'000'000; ++i) {  // of any numbers
+    const float a = from_bits(uint32_t(random())), b = from_bits(uint32_t(random()));
+    const auto [quotient, sure] = emulated::quick_quotient(a, b);
+    const auto [root, certain] = emulated::quick_root(a);
+    wrong += (sure && !same(quotient, a / b)) || (certain && !same(root, std::sqrt(a)));
+  }
+  check(wrong == 0, "quick or not sure", int(wrong));
+  for (float x : {0.0f, -0.0f, kInf, -kInf, kNan, -1.0f, 1e-45f, from_bits(0x7fffff)}) {
+    check(!emulated::quick_root(x).second || x > 0, "roots of what has none");
+    check(!emulated::quick_quotient(1, x).second, "quotients by what is none");
+    check(!emulated::quick_quotient(x, 1).second || x == -1, "quotients of what is none");
+  }
+}
+
+// The bound of norm.h: 2^-22 for squares' sums.
+void test_sums_of_squares() {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  for (int i = 0; i < 2'000'000; ++i) {
+    float g[8];
+    long double exact = 0;
+    const float scale = std::ldexp(1.0f, int(random() % 240) - 130);
+    for (float& x : g) {
+      const int part = int(random() % 8);
+      x = part == 0 ? 0 : normal(random) * scale * (part == 1 ? 1e-20f : 1);
+      exact += (long double)x * x;
+    }
+    const double sum = emulated::sum_of_eight_squares(g);
+    check(std::fabs((long double)sum - exact) <= 0x1p-22L * exact, "a sum of squares", i);
+  }
+  for (float odd : {kInf, -kInf, kNan}) {
+    const float g[8] = {1, 2, odd, 4, 5, 6, 7, 8};
+    const double sum = emulated::sum_of_eight_squares(g);
+    check(odd != odd ? sum != sum : sum == double(kInf), "that is not finite");
+  }
+}
+
 void test_gpu() {
   if (!std::strstr(cpu_isas(), "avx2")) return;
+  test_quick_numbers();
+  test_sums_of_squares();
+  test_gpu_formats();
+  test_gpu_unusual_numbers();
   test_gpu_norm();
   test_gpu_nonfinite();
   test_gpu_stages();

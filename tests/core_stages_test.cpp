@@ -1407,7 +1407,7 @@ void test_accumulate() {
         setup.grad_sum = sum;
         for (bool accumulated : {false, true}) {
           setup.accumulated = accumulated;
-          setup.averages = true;  // so that there are extras
+          setup.grad_sums = true;
           Model start = make_model(setup, sizes);
           for (auto& tensors : start) {
             // Before the first, memory is as it was: nan, here.
@@ -1446,7 +1446,7 @@ void test_accumulate() {
   }
   // On threads, twice.
   Setup setup(kStream);
-  setup.averages = true;
+  setup.grad_sums = true;
   const Model start = make_model(setup, {100000, 3, 0, 70001, 1});
   for (int threads = 1; threads <= 8; ++threads) {
     Model sums = start;

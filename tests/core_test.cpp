@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "cuda_formats.h"
 #include "emulated_gpu.h"
 #include "layout.h"
 #include "norm.h"
@@ -45,6 +46,7 @@ std::vector<Isa> isas() {
   if (std::strstr(cpu_isas(), "avx2")) {
     list.push_back({"avx2", &avx2::kKernels});
     list.push_back({"emulated GPU", &emulated::kKernels});
+    list.push_back({"emulated GPU, general", &emulated::kGeneralKernels});
   }
   if (std::strstr(cpu_isas(), "avx512")) list.push_back({"avx512", &avx512::kKernels});
 #endif
@@ -155,6 +157,7 @@ struct Setup {
   bool random_state = false;
   bool averages = false;
   bool accumulated = false;
+  bool grad_sums = false;     // there is room for them
   bool no_gradients = false;  // only accumulated ones
   Group group;
   Stages stages;
@@ -167,8 +170,8 @@ struct Setup {
     std::copy(hyper, hyper + kMaxHypers, group.hyper);
   }
   bool has_extras() const {
-    return precision != WeightPrecision::kNearest || averages || accumulated || coded() ||
-           random_state;
+    return precision != WeightPrecision::kNearest || averages || accumulated || grad_sums ||
+           coded() || random_state;
   }
   bool coded() const { return state == DType::kUInt8; }
   DType hidden() const {
@@ -203,7 +206,7 @@ class Step {
         extras.precision = setup.precision;
         extras.hidden = model[i][kHidden].operand();
         if (setup.averages) extras.ema = model[i][kEma].operand();
-        extras.grad_sum = model[i][kGradSum].operand();
+        if (setup.accumulated || setup.grad_sums) extras.grad_sum = model[i][kGradSum].operand();
         extras.accumulated = setup.accumulated;
         for (int k = 0; k < kMaxStates; ++k) {
           extras.scale[k] = reinterpret_cast<float*>(model[i][kScale + k].block.get());

@@ -12,43 +12,11 @@ namespace fusedopt {
 namespace emulated {
 namespace {
 
-constexpr int64_t kWarps = 7;
-constexpr int kDepth = 2;
+constexpr Grid kGrid = {7, 2};
 
 // What tests tell and ask (emulation.py).
 const FakeDriver* driver = nullptr;
 int64_t launches = 0, uploads = 0;
-
-template <class T>
-struct Update {
-  const UpdateArguments& arguments;
-
-  template <class Rule>
-  void run() const {
-    for (int64_t i = 0; i < kWarps; ++i) {
-      EmulatedWarp<LaneTile<T>> warp;
-      WarpMemory<Rule, T> memory = {};
-      EmulatedBuffers buffers(arguments.line.buffer_bytes, kDepth);
-      update_warp<Rule, T>(arguments, warp, memory, buffers, i, kWarps);
-    }
-    for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
-  }
-};
-
-template <class T>
-void measure(const MeasureArguments& arguments) {
-  EmulatedWarp<LaneNorm> warp;
-  EmulatedBuffers buffers(arguments.line.grad_bytes, kDepth);
-  for (int64_t i = 0; i < kWarps; ++i) measure_warp<T>(arguments, warp, buffers, i, kWarps);
-  finish_measure(arguments, warp, kWarps);
-}
-
-template <class T>
-void accumulate_all(const DeviceLine& line) {
-  EmulatedWarp<LaneTile<T>> warp;
-  EmulatedBuffers buffers(line.grad_bytes, kDepth);
-  for (int64_t i = 0; i < kWarps; ++i) accumulate_warp<T>(line, warp, buffers, i, kWarps);
-}
 
 }  // namespace
 }  // namespace emulated
@@ -76,7 +44,7 @@ void cuda_retain(const CudaQueue& queue, void (*release)(void*), void* what) {
   emulated::driver->retain(queue.stream, release, what);
 }
 
-int64_t cuda_max_warps(int) { return emulated::kWarps; }
+int64_t cuda_max_warps(int) { return emulated::kGrid.warps; }
 
 void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t bytes) {
   ++emulated::uploads;
@@ -86,28 +54,50 @@ void cuda_upload(const CudaQueue& queue, void* to, const void* from, size_t byte
 }
 
 void cuda_update(const CudaQueue& queue, int rule, bool in_double,
-                 const UpdateArguments& arguments) {
-  ++emulated::launches;
-  emulated::driver->launch(queue.stream, [=] {
+                 const UpdateArguments<DeviceLine>& arguments) {
+  using namespace emulated;
+  ++launches;
+  driver->launch(queue.stream, [=] {
     if (in_double) {
-      emulated::select_rule<double>(rule, emulated::Update<double>{arguments});
+      select_rule<double>(rule, EmulateUpdate<double>{arguments, kGrid});
     } else {
-      emulated::select_rule<float>(rule, emulated::Update<float>{arguments});
+      select_rule<float>(rule, EmulateUpdate<float>{arguments, kGrid});
     }
   });
 }
 
-void cuda_measure(const CudaQueue& queue, bool in_double, const MeasureArguments& arguments) {
-  ++emulated::launches;
-  emulated::driver->launch(queue.stream, [=] {
-    in_double ? emulated::measure<double>(arguments) : emulated::measure<float>(arguments);
+int cuda_direct_formats(int rule) { return emulated::direct_formats(rule); }
+
+void cuda_update_direct(const CudaQueue& queue, int rule, int formats,
+                        const UpdateArguments<DirectLine>& arguments) {
+  using namespace emulated;
+  ++launches;
+  driver->launch(queue.stream,
+                 [=] { select_rule<float>(rule, EmulateDirectUpdate{formats, arguments, kGrid}); });
+}
+
+void cuda_measure(const CudaQueue& queue, bool in_double,
+                  const MeasureArguments<DeviceLine>& arguments) {
+  using namespace emulated;
+  ++launches;
+  driver->launch(queue.stream, [=] {
+    in_double ? emulate_measure<double>(arguments, kGrid)
+              : emulate_measure<float>(arguments, kGrid);
   });
 }
 
+void cuda_measure_direct(const CudaQueue& queue, int formats,
+                         const MeasureArguments<DirectLine>& arguments) {
+  using namespace emulated;
+  ++launches;
+  driver->launch(queue.stream, [=] { emulate_direct_measure(formats, arguments, kGrid); });
+}
+
 void cuda_accumulate(const CudaQueue& queue, bool in_double, const DeviceLine& line) {
-  ++emulated::launches;
-  emulated::driver->launch(queue.stream, [=] {
-    in_double ? emulated::accumulate_all<double>(line) : emulated::accumulate_all<float>(line);
+  using namespace emulated;
+  ++launches;
+  driver->launch(queue.stream, [=] {
+    in_double ? emulate_accumulate<double>(line, kGrid) : emulate_accumulate<float>(line, kGrid);
   });
 }
 

@@ -13,7 +13,9 @@ namespace {
 // A plan as it would lie in device memory.
 class Image {
  public:
-  Image(const Plan& plan, const Options& options) : table_(0, options.chunk_spans) {
+  Image(const Plan& plan, const Options& options)
+      : table_({0, options.general ? nullptr : direct_formats, options.chunk_spans,
+                options.chunk_spans}) {
     narrow_.assign(options.steps.begin(), options.steps.end());
     wide_.assign(options.steps.begin(), options.steps.end());
     counters_.resize(plan.n_tasks);
@@ -68,27 +70,11 @@ struct Stretch {
   }
 };
 
-template <class T>
-struct Update {
-  const UpdateArguments& arguments;
-  int64_t n_warps;
-  int depth;
-
-  template <class Rule>
-  void run() const {
-    for (int64_t i = 0; i < n_warps; ++i) {
-      EmulatedWarp<LaneTile<T>> warp;
-      WarpMemory<Rule, T> memory = {};
-      EmulatedBuffers buffers(arguments.line.buffer_bytes, depth);
-      update_warp<Rule, T>(arguments, warp, memory, buffers, i, n_warps);
-    }
-    for (int64_t thread = 0; thread < 7; ++thread) finish_update(arguments, thread, 7);
-  }
-};
-
+template <bool kGeneral>
 void update_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
   const Stretch stretch(whole, begin, end);
   Options options;
+  options.general = kGeneral;
   options.stages.stages = whole.stages;
   options.stages.divisor = 1 / whole.stages.grad_multiplier;
   for (const Task* task : stretch.tasks) options.steps.push_back(task->step - 1);
@@ -98,19 +84,13 @@ void update_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
 
 void accumulate_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
   const Stretch stretch(whole, begin, end);
-  const Options options;
+  Options options;
+  options.general = true;
   const Image image(stretch.plan, options);
   for (const Launch& launch : image.launches()) {
-    for (int64_t i = 0; i < options.n_warps; ++i) {
-      EmulatedBuffers buffers(launch.line.grad_bytes, options.depth);
-      if (launch.in_double) {
-        EmulatedWarp<LaneTile<double>> warp;
-        accumulate_warp<double>(launch.line, warp, buffers, i, options.n_warps);
-      } else {
-        EmulatedWarp<LaneTile<float>> warp;
-        accumulate_warp<float>(launch.line, warp, buffers, i, options.n_warps);
-      }
-    }
+    const Grid grid = {options.n_warps, options.depth};
+    launch.in_double ? emulate_accumulate<double>(launch.line, grid)
+                     : emulate_accumulate<float>(launch.line, grid);
   }
 }
 
@@ -118,50 +98,76 @@ void accumulate_range(const Plan& whole, int64_t, int64_t begin, int64_t end) {
 
 void measure(const Plan& plan, const Options& options, DeviceControl* control, double* grad_norm) {
   const Image image(plan, options);
+  const Grid grid = {options.n_warps, options.depth};
   for (const Launch& launch : image.launches()) {
     std::vector<double> partial(options.n_warps);
-    const MeasureArguments arguments = {launch.line,
-                                        options.stages,
-                                        control,
-                                        partial.data(),
-                                        grad_norm,
-                                        &launch == &image.launches().front(),
-                                        &launch == &image.launches().back()};
-    EmulatedWarp<LaneNorm> warp;
-    for (int64_t i = 0; i < options.n_warps; ++i) {
-      EmulatedBuffers buffers(launch.line.grad_bytes, options.depth);
-      if (launch.in_double) {
-        measure_warp<double>(arguments, warp, buffers, i, options.n_warps);
-      } else {
-        measure_warp<float>(arguments, warp, buffers, i, options.n_warps);
-      }
+    const bool first = &launch == &image.launches().front();
+    const bool last = &launch == &image.launches().back();
+    if (launch.formats != kAnyFormats) {
+      emulate_direct_measure(
+          launch.formats,
+          {launch.direct, options.stages, control, partial.data(), grad_norm, first, last}, grid);
+      continue;
     }
-    finish_measure(arguments, warp, options.n_warps);
+    const MeasureArguments<DeviceLine> arguments = {
+        launch.line, options.stages, control, partial.data(), grad_norm, first, last};
+    launch.in_double ? emulate_measure<double>(arguments, grid)
+                     : emulate_measure<float>(arguments, grid);
   }
 }
 
 void update(const Plan& plan, Options* options, DeviceControl* control) {
   const Image image(plan, *options);
+  const Grid grid = {options->n_warps, options->depth};
   for (const Launch& launch : image.launches()) {
     const bool last = &launch == &image.launches().back();
-    const UpdateArguments arguments = {launch.line, options->stages, control, last};
+    if (launch.formats != kAnyFormats) {
+      const UpdateArguments<DirectLine> arguments = {launch.direct, options->stages, control, last};
+      select_rule<float>(launch.rule, EmulateDirectUpdate{launch.formats, arguments, grid});
+      continue;
+    }
+    const UpdateArguments<DeviceLine> arguments = {launch.line, options->stages, control, last};
     if (launch.in_double) {
-      select_rule_or_stream<double>(launch.rule,
-                                    Update<double>{arguments, options->n_warps, options->depth});
+      select_rule_or_stream<double>(launch.rule, EmulateUpdate<double>{arguments, grid});
     } else {
-      select_rule_or_stream<float>(launch.rule,
-                                   Update<float>{arguments, options->n_warps, options->depth});
+      select_rule_or_stream<float>(launch.rule, EmulateUpdate<float>{arguments, grid});
     }
   }
   options->steps = image.steps(*options);
 }
 
-const Kernels kKernels = {update_range,
-                          avx2::kKernels.measure,
-                          accumulate_range,
-                          avx2::kKernels.join_weights,
-                          avx2::kKernels.split_weights,
-                          avx2::kKernels.decode_state,
-                          avx2::kKernels.encode_state};
+std::vector<int> formats_of_launches(const Plan& plan, const Options& options) {
+  std::vector<int> formats;
+  const Image image(plan, options);
+  for (const Launch& launch : image.launches()) formats.push_back(launch.formats);
+  return formats;
+}
+
+int count_direct_formats(int rule) { return direct_formats(rule); }
+
+std::pair<float, bool> quick_root(float x) {
+  const Quick root = square_root(Quick(x));
+  return {root.value, root.exact};
+}
+
+std::pair<float, bool> quick_quotient(float a, float b) {
+  const Quick quotient = Quick(a) / Quick(b);
+  return {quotient.value, quotient.exact};
+}
+
+double sum_of_eight_squares(const float* g) {
+  uint32_t largest = 0;
+  for (int i = 0; i < 8; ++i) largest = std::max(largest, magnitude_bits(g[i]));
+  return sum_of_squares<8>(g, largest);
+}
+
+template <bool kGeneral>
+constexpr Kernels kernels() {
+  return {update_range<kGeneral>,      avx2::kKernels.measure,       accumulate_range,
+          avx2::kKernels.join_weights, avx2::kKernels.split_weights, avx2::kKernels.decode_state,
+          avx2::kKernels.encode_state};
+}
+
+const Kernels kKernels = kernels<false>(), kGeneralKernels = kernels<true>();
 
 }  // namespace fusedopt::emulated

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_direct.h"
 #include "cuda_warp.h"
 
 namespace fusedopt::emulated {
@@ -44,6 +45,15 @@ class EmulatedWarp {
 
   void raise(uint64_t* to, uint64_t n) { *to = std::max(*to, n); }
 
+  template <class F>
+  bool all(F&& f) {
+    return std::all_of(std::begin(states_), std::end(states_), f);
+  }
+
+  void wait_for_lanes() {}
+
+  uint32_t take(uint32_t* counter) { return (*counter)++; }
+
   // As late as possible: who reads before he has waited finds something else.
   template <class T>
   void copy(T* to, const T* from) {
@@ -68,7 +78,7 @@ class EmulatedWarp {
     size_t bytes;
   };
 
-  State states_[kWarpLanes];
+  State states_[kWarpLanes] = {};
   std::vector<Copy> begun_;
   std::list<std::vector<Copy>> batches_;
 };
@@ -88,5 +98,81 @@ class EmulatedBuffers {
   uint32_t bytes_;
   int depth_;
 };
+
+// Launches, of so many warps one after another.
+struct Grid {
+  int64_t warps;
+  int depth;
+  int64_t threads = 7;  // that finish an update
+};
+
+template <class T>
+struct EmulateUpdate {
+  const UpdateArguments<DeviceLine>& arguments;
+  Grid grid;
+
+  template <class Rule>
+  void run() const {
+    for (int64_t i = 0; i < grid.warps; ++i) {
+      EmulatedWarp<LaneTile<T>> warp;
+      WarpMemory<Rule, T> memory = {};
+      EmulatedBuffers buffers(arguments.line.buffer_bytes, grid.depth);
+      update_warp<Rule, T>(arguments, warp, memory, buffers, i, grid.warps);
+    }
+    for (int64_t i = 0; i < grid.threads; ++i) finish_update(arguments, i, grid.threads);
+  }
+};
+
+struct EmulateDirectUpdate {
+  int formats;
+  const UpdateArguments<DirectLine>& arguments;
+  Grid grid;
+
+  template <class Rule>
+  void run() const {
+    with_direct_kernel<Rule>(formats, [&](auto format) {
+      constexpr int kFormat = decltype(format)::value;
+      for (int64_t i = 0; i < grid.warps; ++i) {
+        EmulatedWarp<DirectTile<kFormat, kLaneElements>> warp;
+        DirectMemory<Rule> memory = {};
+        begin_direct(arguments, warp, memory, int32_t(i));
+        update_direct<Rule, kFormat>(arguments, warp, memory, int32_t(i), int32_t(grid.warps));
+      }
+    });
+    for (int64_t i = 0; i < grid.threads; ++i) finish_update(arguments, i, grid.threads);
+  }
+};
+
+template <class T>
+void emulate_measure(const MeasureArguments<DeviceLine>& arguments, Grid grid) {
+  EmulatedBuffers buffers(arguments.line.grad_bytes, grid.depth);
+  EmulatedWarp<LaneNorm<T>> warp;
+  for (int64_t i = 0; i < grid.warps; ++i) {
+    measure_warp<T>(arguments, warp, buffers, i, grid.warps);
+  }
+  EmulatedWarp<LaneNorm<double>> last;
+  finish_measure(arguments, last, grid.warps);
+}
+
+inline void emulate_direct_measure(int formats, const MeasureArguments<DirectLine>& arguments,
+                                   Grid grid) {
+  EmulatedWarp<LaneNorm<float>> warp;
+  for (int32_t i = 0; i < grid.warps; ++i) {
+    if (kFormats[formats].grad == DType::kFloat32) {
+      measure_direct<float>(arguments, warp, i, int32_t(grid.warps));
+    } else {
+      measure_direct<BFloat16>(arguments, warp, i, int32_t(grid.warps));
+    }
+  }
+  EmulatedWarp<LaneNorm<double>> last;
+  finish_measure(arguments, last, grid.warps);
+}
+
+template <class T>
+void emulate_accumulate(const DeviceLine& line, Grid grid) {
+  EmulatedBuffers buffers(line.grad_bytes, grid.depth);
+  EmulatedWarp<LaneTile<T>> warp;
+  for (int64_t i = 0; i < grid.warps; ++i) accumulate_warp<T>(line, warp, buffers, i, grid.warps);
+}
 
 }  // namespace fusedopt::emulated
