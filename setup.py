@@ -9,7 +9,7 @@ Environment:
     FUSEDOPT_CUDA            auto (default): kernels for CUDA when there is an nvcc; 1: stop when
                              there is none; 0: none
     FUSEDOPT_CUDA_ARCHS      for which architectures (default: those of 75,80,90,100,120 that
-                             nvcc knows); the last one's also as PTX, for later ones
+                             nvcc knows); and as PTX, for later ones
     CUDA_HOME                where CUDA is (default: that of the nvcc on the PATH)
     FUSEDOPT_BUILD_DIR       where object files go (default: build/fusedopt)
 """

@@ -202,13 +202,20 @@ __global__ void __launch_bounds__(kBlockThreads, direct_blocks(kFormats[kFormat]
   if (number == 0) begin_direct(arguments, warp, memory, warp_number());
   __syncthreads();
   if (number != 0) copy_words(warp, &memory, memory_of(0));
-  warp.wait_for_lanes();
+  __syncthreads();  // before the first warp goes on to another rule
   update_direct<Rule, kFormat>(arguments, warp, memory, warp_number(), warp_count());
   if (is_last_block(arguments.control)) finish_update(arguments, threadIdx.x, kBlockThreads);
 }
 
+// (The oldest multiprocessors have room for eight.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMeasureBlocks = 8;
+#else
+constexpr int kMeasureBlocks = 10;
+#endif
+
 template <class G>
-__global__ void __launch_bounds__(kBlockThreads, 10)
+__global__ void __launch_bounds__(kBlockThreads, kMeasureBlocks)
     direct_measure_kernel(const __grid_constant__ MeasureArguments<DirectLine> arguments) {
   HardwareWarp<LaneNorm<float>> warp;
   measure_direct<G>(arguments, warp, warp_number(), warp_count());

@@ -339,7 +339,9 @@ FUSEDOPT_HD inline void begin_direct(const UpdateArguments<DirectLine>& argument
   begin_update(arguments, warp, memory);
   const DirectLine& line = arguments.line;
   if (memory.verdict.skip || number >= line.n_chunks) return;
-  prepare_direct(warp, memory, line.groups, line.tasks[task_of(line, number)]);
+  const int32_t t = task_of(line, number);
+  if (line.grads[t].data == nullptr) return;  // then its state may be anywhere
+  prepare_direct(warp, memory, line.groups, line.tasks[t]);
 }
 
 // Calls f(Index<slot>) for the operands that a rule's tasks have.

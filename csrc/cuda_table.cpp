@@ -254,7 +254,8 @@ bool DeviceTable::fits(const Plan& plan) const {
   for (const Kind& kind : kinds_) {
     if (!kind.direct()) continue;
     for (int64_t i : kind.places) {
-      if (!is_aligned(plan.tasks[i]->grad.data)) return false;
+      const Task& task = *plan.tasks[i];
+      if (task.numel > 0 && !is_aligned(task.grad.data)) return false;
     }
   }
   return true;

@@ -84,8 +84,9 @@ void DeviceBuffer::use(const TensorMemory& memory, const CudaQueue& queue) {
 void ResidentTable::load(const TensorMemory& memory, const CudaQueue& queue, const Plan& plan,
                          const std::vector<DeviceCounter>& counters,
                          const std::vector<DeviceRate>& rates, bool same_tasks) {
-  if (!table_.fits(plan)) same_tasks = false;
+  same_tasks = same_tasks && complete_ && table_.fits(plan);
   if (!same_tasks) {
+    complete_ = false;
     const size_t bytes = table_.lay_out(plan, counters);
     if (bytes > buffer_.bytes()) {
       buffer_.allocate(memory, bytes, queue);
@@ -99,6 +100,7 @@ void ResidentTable::load(const TensorMemory& memory, const CudaQueue& queue, con
   table_.write_groups(plan, rates, image_.data());
   upload(queue, 0, table_.tasks().begin);
   if (!same_tasks) upload(queue, table_.tasks().begin, table_.tasks().end);
+  complete_ = true;
 }
 
 void ResidentTable::upload(const CudaQueue& queue, size_t begin, size_t end) {

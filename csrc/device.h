@@ -61,6 +61,7 @@ class ResidentTable {
   DeviceBuffer buffer_;
   std::vector<char> image_;   // as it shall be,
   std::vector<char> loaded_;  // and as it is
+  bool complete_ = false;     // nothing has failed on the way from the one to the other
 };
 
 // A table that the graph which this queue records will read: in memory of its own, that holds it

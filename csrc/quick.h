@@ -6,8 +6,10 @@
 // of a loop wait for each other, and the call needs registers.
 //
 // A Quick only refines, and remembers whether that is known to have given the exact result, rounded
-// once. A kernel computes many elements so, asks once whether it holds for all, and if not, which
-// is seldom, computes them as floats. So all results have the bits that floats have.
+// once. A kernel computes many elements so, asks once whether it holds for all, and if not,
+// computes them as floats. That takes longer: where state is zero or next to it, as in rows of an
+// embedding that have had no gradient for hundreds of steps. So all results have the bits that
+// floats have.
 #pragma once
 
 #include "num.h"

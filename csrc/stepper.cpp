@@ -515,7 +515,7 @@ bool Stepper::is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
     if (read_tensor(grad, &g) != Reading::kOk) return false;
     if (!entry.shape.matches(g) || g.complex || !is_float(g.dtype)) return false;
     if (g.device != p.device) return false;
-    if (g.dtype != entry.task.grad.dtype) described_ = true;
+    if (g.dtype != entry.task.grad.dtype || entry.task.grad.layout != nullptr) described_ = true;
     entry.grad_sizes = g.size;
     entry.task.grad = {g.data, g.dtype, nullptr};
   } else {
