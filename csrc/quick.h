@@ -7,9 +7,9 @@
 //
 // A Quick only refines, and remembers whether that is known to have given the exact result, rounded
 // once. A kernel computes many elements so, asks once whether it holds for all, and if not,
-// computes them as floats. That takes longer: where state is zero or next to it, as in rows of an
-// embedding that have had no gradient for hundreds of steps. So all results have the bits that
-// floats have.
+// computes them as floats, which takes longer. So all results have the bits that floats have.
+// (Zeros and numbers next to zero are not known to be exact: rows of an embedding that have had no
+// gradient for hundreds of steps take longer.)
 #pragma once
 
 #include "num.h"
