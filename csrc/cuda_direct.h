@@ -99,8 +99,7 @@ FUSEDOPT_HD constexpr int format_size(DType dtype) {
 template <int kFormat>
 struct KnownTask {
   static constexpr Formats kOf = kFormats[kFormat];
-  static constexpr DType kHidden =
-      kOf.precision == WeightPrecision::kMaster ? DType::kFloat32 : DType::kInt16;
+  static constexpr DType kHidden = hidden_format(kOf.precision);
   static constexpr bool kHides = kOf.precision != WeightPrecision::kNearest;
   static constexpr bool kCoded = kOf.state == DType::kUInt8;
 

@@ -12,6 +12,11 @@ struct Formats {
   bool ema = false;  // an average of the weights, in float32
 };
 
+// What a weight's hidden part is stored in (store.h).
+constexpr DType hidden_format(WeightPrecision precision) {
+  return precision == WeightPrecision::kMaster ? DType::kFloat32 : DType::kInt16;
+}
+
 // (Rules without state take the first that fits. Of each rule the first so many have kernels.)
 constexpr Formats kFormats[] = {
     {DType::kFloat32, DType::kFloat32, DType::kFloat32},

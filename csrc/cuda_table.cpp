@@ -24,10 +24,8 @@ bool has_formats(const Task& task, const Formats& formats) {
   const Extras none, &extras = task.extras == nullptr ? none : *task.extras;
   const bool hides = formats.precision != WeightPrecision::kNearest;
   const bool coded = formats.state == DType::kUInt8;
-  const DType hidden =
-      formats.precision == WeightPrecision::kMaster ? DType::kFloat32 : DType::kInt16;
   bool same = is_in(task.param, formats.param) && extras.precision == formats.precision &&
-              (!hides || is_in(extras.hidden, hidden)) &&
+              (!hides || is_in(extras.hidden, hidden_format(formats.precision))) &&
               (extras.ema.data != nullptr) == formats.ema &&
               (!formats.ema || is_in(extras.ema, DType::kFloat32)) &&
               extras.grad_sum.data == nullptr && (coded || !extras.random_state) &&
@@ -250,26 +248,18 @@ size_t DeviceTable::lay_out(const Plan& plan, const std::vector<DeviceCounter>& 
   return tasks_.end;
 }
 
-bool DeviceTable::fits(const Plan& plan) const {
-  for (const Kind& kind : kinds_) {
-    if (!kind.direct()) continue;
-    for (int64_t i : kind.places) {
-      const Task& task = *plan.tasks[i];
-      if (task.numel > 0 && !is_aligned(task.grad.data)) return false;
-    }
-  }
-  return true;
-}
-
-void DeviceTable::write_grads(const Plan& plan, char* image) const {
+bool DeviceTable::write_grads(const Plan& plan, char* image) const {
+  bool fits = true;
   std::memset(image + grads_.begin, 0, grads_.end - grads_.begin);
   for (const Kind& kind : kinds_) {
     for (size_t k = 0; k < kind.places.size(); ++k) {
       const Task& task = *plan.tasks[kind.places[k]];
       const bool accumulated = task.extras != nullptr && task.extras->accumulated;
       put(image, kind.grads + k * sizeof(DeviceGrad), DeviceGrad{task.grad.data, accumulated});
+      fits &= !kind.direct() || task.numel == 0 || is_aligned(task.grad.data);
     }
   }
+  return fits;
 }
 
 void DeviceTable::write_groups(const Plan& plan, const std::vector<DeviceRate>& rates,
@@ -345,7 +335,7 @@ Launch DeviceTable::write_direct_line(const Kind& kind, const Plan& plan,
                                       const std::vector<DeviceCounter>& counters, char* image,
                                       const char* device) const {
   const auto at = [&](size_t offset) { return static_cast<const void*>(device + offset); };
-  int64_t chunk = 0;
+  size_t chunk = 0;
   for (size_t k = 0; k < kind.places.size(); ++k) {
     const int64_t i = kind.places[k];
     const Task& task = *plan.tasks[i];
@@ -366,9 +356,8 @@ Launch DeviceTable::write_direct_line(const Kind& kind, const Plan& plan,
     direct.place = int32_t(counter.place);
     direct.group = task.group;
     direct.first_chunk = int32_t(chunk);
-    const int64_t n_chunks = (tiles_of(task) + kind.chunk_length - 1) / kind.chunk_length;
-    direct.one_chunk = n_chunks == 1;
-    chunk += n_chunks;
+    while (chunk < kind.chunk_task.size() && kind.chunk_task[chunk] == int64_t(k)) ++chunk;
+    direct.one_chunk = int64_t(chunk) - direct.first_chunk == 1;
     put(image, kind.tasks + k * sizeof(DirectTask), direct);
   }
   for (size_t k = 0; k < kind.others.size(); ++k) {

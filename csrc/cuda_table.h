@@ -57,12 +57,10 @@ class DeviceTable {
   // Tasks without gradients may be among the plan's: they take no part.
   size_t lay_out(const Plan& plan, const std::vector<DeviceCounter>& counters);
 
-  // Whether what lay_out() saw still holds of the gradients, of this plan with the same tasks.
-  bool fits(const Plan& plan) const;
-
   // Write its parts, for a place in device memory (aligned to kAlignment), from the plan that
-  // lay_out() saw or, all but the tasks, from another one with the same tasks.
-  void write_grads(const Plan& plan, char* image) const;
+  // lay_out() saw or, all but the tasks, from another one with the same tasks. False when a
+  // gradient is no longer as its kernel needs it: then everything has to be laid out anew.
+  bool write_grads(const Plan& plan, char* image) const;
   void write_groups(const Plan& plan, const std::vector<DeviceRate>& rates, char* image) const;
   void write_tasks(const Plan& plan, const std::vector<DeviceCounter>& counters, char* image,
                    const char* device);

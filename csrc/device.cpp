@@ -84,7 +84,7 @@ void DeviceBuffer::use(const TensorMemory& memory, const CudaQueue& queue) {
 void ResidentTable::load(const TensorMemory& memory, const CudaQueue& queue, const Plan& plan,
                          const std::vector<DeviceCounter>& counters,
                          const std::vector<DeviceRate>& rates, bool same_tasks) {
-  same_tasks = same_tasks && complete_ && table_.fits(plan);
+  same_tasks = same_tasks && complete_ && table_.write_grads(plan, image_.data());
   if (!same_tasks) {
     complete_ = false;
     const size_t bytes = table_.lay_out(plan, counters);
@@ -94,9 +94,9 @@ void ResidentTable::load(const TensorMemory& memory, const CudaQueue& queue, con
     }
     image_.resize(bytes);
     table_.write_tasks(plan, counters, image_.data(), buffer_.data());
+    table_.write_grads(plan, image_.data());
   }
   buffer_.use(memory, queue);
-  table_.write_grads(plan, image_.data());
   table_.write_groups(plan, rates, image_.data());
   upload(queue, 0, table_.tasks().begin);
   if (!same_tasks) upload(queue, table_.tasks().begin, table_.tasks().end);

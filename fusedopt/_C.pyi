@@ -39,8 +39,10 @@ def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
 BLOCK: int
-SOURCES: str
 """The elements that share a scale in 8-bit state."""
+
+SOURCES: str
+"""The digest of what the extension was built from (setup.py); empty when that did not build it."""
 
 def close_windows(state: dict[torch.Tensor, Any]) -> None:
     """Makes all accumulators of an optimizer's state hold nothing."""

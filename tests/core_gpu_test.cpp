@@ -407,7 +407,7 @@ void test_quick_numbers() {
   }
   check(wrong == 0, "quick or not sure", int(wrong));
   for (float x : {0.0f, -0.0f, kInf, -kInf, kNan, -1.0f, 1e-45f, from_bits(0x7fffff)}) {
-    check(!emulated::quick_root(x).second || x > 0, "roots of what has none");
+    check(!emulated::quick_root(x).second, "roots of what is no normal number");
     check(!emulated::quick_quotient(1, x).second, "quotients by what is none");
     check(!emulated::quick_quotient(x, 1).second || x == -1, "quotients of what is none");
   }

@@ -38,6 +38,7 @@ from helpers import (
 )
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 import fusedopt
 from fusedopt import device
@@ -248,54 +249,52 @@ def test_one_launch(dtypes: int, groups: int) -> None:
     assert counts == [(1, 2), (1, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
+def check_against_the_cpu(
+    there: list[Parameter], groups: int, change: Callable[[int, Optimizer], None]
+) -> None:
+    """Five steps on both; change(step, optimizer) comes between gradients and step."""
+    here = on_cpu(there)
+    optimizers = [
+        fusedopt.AdamW([{"params": params[i::groups]} for i in range(groups)], lr=0.1)
+        for params in (there, here)
+    ]
+    for step in range(5):
+        for optimizer in optimizers:
+            set_grads(params_of(optimizer), step)
+            change(step, optimizer)
+            optimizer.step()
+    for p, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), expected.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_that_are_not_aligned_now_and_then(dtype: torch.dtype) -> None:
     """As views of one buffer: another kernel takes them, to the same bits."""
-    there = make_params(SIZES, dtype)
-    here = on_cpu(there)
-    ours, reference = (fusedopt.AdamW(params, lr=0.1) for params in (there, here))
-    for step in range(5):
-        set_grads(there, step)
-        set_grads(here, step)
-        for p in there if step in (1, 3) else []:
-            buffer = torch.empty(p.numel() + 1, dtype=dtype)
+
+    def move(step: int, optimizer: Optimizer) -> None:
+        for p in params_of(optimizer) if step in (1, 3) else []:
+            buffer = torch.empty(p.numel() + 1, dtype=dtype, device=p.device)
             p.grad = buffer[1:].view(p.shape).copy_(p.grad)
-        ours.step()
-        reference.step()
-    for p, expected in zip(there, here, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), expected.detach())
+
+    check_against_the_cpu(make_params(SIZES, dtype), 1, move)
 
 
-def test_gradients_that_are_strided_at_first() -> None:
-    there = make_params([(40, 30)] * 2)
-    here = on_cpu(there)
-    ours, reference = (fusedopt.AdamW(params, lr=0.1) for params in (there, here))
-    for step in range(4):
-        set_grads(there, step)
-        set_grads(here, step)
-        for p in there if step in (0, 2) else []:
+def test_gradients_that_are_strided_now_and_then() -> None:
+    def transpose(step: int, optimizer: Optimizer) -> None:
+        for p in params_of(optimizer) if step in (0, 2) else []:
             p.grad = p.grad.t().contiguous().t()
-        ours.step()
-        reference.step()
-    for p, expected in zip(there, here, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), expected.detach())
+
+    check_against_the_cpu(make_params([(40, 30)] * 2), 1, transpose)
 
 
 def test_fewer_tensors_than_before() -> None:
     """A group is gone: what is on the device is another table."""
-    there = make_params([(300,)] * 6)
-    here = on_cpu(there)
-    optimizers = [
-        fusedopt.AdamW([{"params": params[:2]}, {"params": params[2:]}]) for params in (there, here)
-    ]
-    for step in range(4):
-        for optimizer in optimizers:
-            set_grads(params_of(optimizer), step)
-            optimizer.step()
-            if step == 1:
-                del optimizer.param_groups[1]
-    for p, expected in zip(there, here, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), expected.detach())
+
+    def drop(step: int, optimizer: Optimizer) -> None:
+        if step == 2:
+            del optimizer.param_groups[1]
+
+    check_against_the_cpu(make_params([(300,)] * 6), 2, drop)
 
 
 def test_gradients_that_come_and_go() -> None:
