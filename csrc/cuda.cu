@@ -1,4 +1,4 @@
-// The CUDA kernels: the bodies of cuda_warp.h on real warps.
+// The CUDA kernels: the bodies of cuda_direct.h and cuda_general.h on real warps.
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
@@ -14,7 +14,7 @@
 
 #define FUSEDOPT_ISA cuda
 #include "cuda_direct.h"
-#include "cuda_warp.h"
+#include "cuda_general.h"
 
 namespace fusedopt {
 namespace cuda {

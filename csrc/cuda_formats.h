@@ -1,5 +1,6 @@
 // The combinations of storage formats that have kernels of their own (cuda_direct.h): what people
-// train with. All else takes the general kernel (cuda_warp.h), which asks for formats as it runs.
+// train with. All else takes the general kernel (cuda_general.h), which asks for formats as it
+// runs.
 #pragma once
 
 #include "plan.h"

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda_direct.h"
-#include "cuda_warp.h"
+#include "cuda_general.h"
 
 namespace fusedopt::emulated {
 

@@ -131,8 +131,9 @@ def test_layers() -> None:
         assert knows_python == (path.name in KNOWS_PYTHON), path.name
     kernel_files = [
         *("num.h", "random.h", "rules.h", "gradient.h", "norm.h", "quantize.h", "store.h"),
-        *("update.h", "tile.h", "select.h", "cpu.inl"),
-        *("cuda_plan.h", "cuda_buffer.h", "cuda_warp.h"),
+        *("update.h", "tile.h", "select.h", "cpu.inl", "quick.h"),
+        *("cuda_plan.h", "cuda_formats.h", "cuda_warp.h", "cuda_buffer.h", "cuda_general.h"),
+        *("cuda_registers.h", "cuda_direct.h"),
     ]
     own = {path.name for path in CSRC.iterdir()}
     for name in kernel_files:
