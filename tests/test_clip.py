@@ -81,7 +81,9 @@ def test_norm_of_half_precision_gradients_is_that_of_their_values(dtype: torch.d
     exact = torch.cat([p.grad.double().flatten() for p in params])
     expected = [p.double() - 0.1 * p.grad.double() * 0.25 / (exact.norm() + 1e-6) for p in params]
     ours.step()
-    torch.testing.assert_close(ours.grad_norm, exact.norm(), rtol=1e-12, atol=0)
+    # A device adds a few squares in float32 (docs/gpu.md).
+    rtol = 1e-12 if ours.grad_norm.device.type == "cpu" else 2**-23
+    torch.testing.assert_close(ours.grad_norm, exact.norm(), rtol=rtol, atol=0)
     torch.testing.assert_close(
         [p.double() for p in params], [e.to(dtype).double() for e in expected]
     )
