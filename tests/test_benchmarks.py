@@ -857,6 +857,20 @@ def test_training_measures_every_suite(tmp_path: Path) -> None:
             assert row["time_relative_to_first"]["median"] > 0
 
 
+def test_many_tensors_measures_every_count(tmp_path: Path) -> None:
+    output = tmp_path / "many_tensors.json"
+    done = run(str(BENCHMARKS / "many_tensors.py"), "--quick", "--json", str(output))
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(output.read_text())["results"]
+    assert [found["tensors"] for found in counts] == [100, 1000]
+    for found in counts:
+        assert f"\n{found['tensors']} tensors: " in done.stdout
+        assert len(found["contenders"]) == 4
+        for row in found["contenders"].values():
+            assert row["ns"]["median"] > 0
+            assert row["time_relative_to_ours"]["median"] > 0
+
+
 def committed(kind: str) -> dict[str, dict[str, Any]]:
     """The contenders of each case in the results of benchmarks/pipeline.py or training.py."""
     (path,) = (BENCHMARKS / "results").glob(f"{kind}-cpu-*.json")
