@@ -8,8 +8,8 @@
 // A Quick only refines, and remembers whether that is known to have given the exact result, rounded
 // once. A kernel computes many elements so, asks once whether it holds for all, and if not,
 // computes them as floats, which takes longer. So all results have the bits that floats have.
-// (Zeros and numbers next to zero are not known to be exact: rows of an embedding that have had no
-// gradient for hundreds of steps take longer.)
+// (Zeros are exact: rows of an embedding that have never had a gradient take no longer. Numbers
+// next to zero are not known to be: rows that had their last gradient hundreds of steps ago do.)
 #pragma once
 
 #include "num.h"
@@ -50,6 +50,11 @@ FUSEDOPT_ELEMENT inline float estimate_reciprocal_root(float x) {
 }
 #endif
 
+// (False when either is nan.)
+FUSEDOPT_ELEMENT inline bool both_zero(float a, float b) {
+  return __builtin_fabsf(a) <= -__builtin_fabsf(b);
+}
+
 struct Quick {
   float value;
   bool exact;
@@ -78,31 +83,32 @@ struct Quick {
     return {maximum(a.value, b.value), bool(a.exact & b.exact)};
   }
 
-  // Markstein 1990: the reciprocal is refined once, and the quotient twice by what it leaves of a,
-  // which multiply_add gives without rounding as long as it is not among the subnormal numbers.
-  // With a divisor of at least 2^-50 and a quotient between 2^-50 and 2^60, it is not. (Of any
-  // other operands, the quotient that comes out is not between them either, or is nan.)
+  // Markstein 1990: the reciprocal is refined once, and the quotient twice by the excess of b q
+  // over a, which multiply_add gives without rounding as long as it is not among the subnormal
+  // numbers. With b and q of at least 2^-50, it is not. (What is too large or infinite on the way
+  // makes q nan.) Zeros keep their signs, as the excess is taken away, not added.
   FUSEDOPT_ELEMENT friend Quick operator/(Quick a, Quick b) {
     const float estimate = estimate_reciprocal(b.value);
     const float inverse = multiply_add(estimate, multiply_add(-b.value, estimate, 1.0f), estimate);
     float q = a.value * inverse;
-    q = multiply_add(inverse, multiply_add(-b.value, q, a.value), q);
-    q = multiply_add(inverse, multiply_add(-b.value, q, a.value), q);
-    const float magnitude = __builtin_fabsf(q);
+    q = multiply_add(-inverse, multiply_add(b.value, q, -a.value), q);
+    q = multiply_add(-inverse, multiply_add(b.value, q, -a.value), q);
     const bool sure =
-        bool(b.value >= 0x1p-50f) & bool(magnitude >= 0x1p-50f) & bool(magnitude <= 0x1p60f);
+        bool(b.value >= 0x1p-50f) & (bool(__builtin_fabsf(q) >= 0x1p-50f) | both_zero(a.value, q));
     return {q, bool(a.exact & b.exact & sure)};
   }
 
   // The same for a root, refined once by what its square leaves of x. These are the instructions
   // that the compiler itself has for roots between 2^-101 and the largest number, which are exact
   // for the GPU's estimates. (For any that are off by a unit, two or three in 2^24 would not be.)
-  // It is nan or infinite for zero, infinity, negative and subnormal numbers.
+  // It is nan for infinity, and less than 2^-50 for subnormal numbers and negative ones.
   FUSEDOPT_ELEMENT friend Quick square_root(Quick x) {
-    const float estimate = estimate_reciprocal_root(x.value), half = estimate * 0.5f;
+    constexpr float kSmallest = 0x1p-126f;  // of zero, the estimate would be infinite
+    const float estimate = estimate_reciprocal_root(__builtin_fmaxf(x.value, kSmallest));
+    const float half = estimate * 0.5f;
     float root = x.value * estimate;
     root = multiply_add(half, multiply_add(-root, root, x.value), root);
-    const bool sure = bool(root >= 0x1p-50f) & bool(root <= 0x1p64f);
+    const bool sure = bool(root >= 0x1p-50f) | both_zero(x.value, root);
     return {root, bool(x.exact & sure)};
   }
 };

@@ -406,10 +406,24 @@ void test_quick_numbers() {
     wrong += (sure && !same(quotient, a / b)) || (certain && !same(root, std::sqrt(a)));
   }
   check(wrong == 0, "quick or not sure", int(wrong));
-  for (float x : {0.0f, -0.0f, kInf, -kInf, kNan, -1.0f, 1e-45f, from_bits(0x7fffff)}) {
+  constexpr float kLargest = 0x1.fffffep127f, kSubnormal = 0x1.fffffcp-127f;
+  for (float x : {kInf, -kInf, kNan, -1.0f, -kLargest, 1e-45f, -1e-45f, kSubnormal, -kSubnormal}) {
     check(!emulated::quick_root(x).second, "roots of what is no normal number");
     check(!emulated::quick_quotient(1, x).second, "quotients by what is none");
-    check(!emulated::quick_quotient(x, 1).second || x == -1, "quotients of what is none");
+    const bool usual = std::isfinite(x) && std::fabs(x) >= 1;
+    check(emulated::quick_quotient(x, 1).second == usual, "quotients of what is none");
+  }
+  for (float zero : {0.0f, -0.0f}) {
+    const auto [root, exact] = emulated::quick_root(zero);
+    check(exact && same(root, zero), "roots of zero");
+    check(!emulated::quick_quotient(1, zero).second, "quotients by zero");
+    for (float b : {0x1p-50f, 1e-8f, 1.0f, 0x1.fffffep-1f, 3e38f}) {
+      const auto [quotient, sure] = emulated::quick_quotient(zero, b);
+      check(sure && same(quotient, zero), "quotients of zero");
+    }
+    for (float b : {0.0f, -0.0f, -1.0f, kInf, kNan, kSubnormal}) {
+      check(!emulated::quick_quotient(zero, b).second, "quotients of zero by what is none");
+    }
   }
 }
 
