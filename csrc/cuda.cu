@@ -432,8 +432,8 @@ struct LaunchUpdate {
 
   template <class Rule>
   void run() const {
-    launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks,
-                                   arguments.line.buffer_bytes);
+    launch<update_kernel<AnyRule<T, Rule::kStates>, T>>(queue, arguments, arguments.line.n_chunks,
+                                                        arguments.line.buffer_bytes);
   }
 };
 
