@@ -295,7 +295,8 @@ template <class Line, class TaskOf>
 FUSEDOPT_HD inline void advance_counters(const Line& line, int32_t n_tasks, int64_t thread,
                                          int64_t n, TaskOf&& task_of) {
   // Some at a time, so that a thread does not wait for each of the thousands that there may be.
-  constexpr int kBatch = 8;
+  // (Not many: there is a copy of this in each kernel.)
+  constexpr int kBatch = 4;
   for (int64_t first = thread; first < n_tasks; first += kBatch * n) {
     void* steps[kBatch];
     DType dtypes[kBatch];

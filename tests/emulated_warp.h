@@ -137,7 +137,7 @@ struct EmulateDirectUpdate {
     with_direct_kernel<Rule>(formats, [&](auto format) {
       constexpr int kFormat = decltype(format)::value;
       for (int64_t i = 0; i < grid.warps; ++i) {
-        EmulatedWarp<DirectTile<kFormat, kLaneElements>> warp;
+        EmulatedWarp<DirectTile> warp;
         DirectMemory<Rule> memory = {};
         begin_direct(arguments, warp, memory, int32_t(i));
         update_direct<Rule, kFormat>(arguments, warp, memory, int32_t(i), int32_t(grid.warps));
