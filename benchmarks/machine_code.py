@@ -58,6 +58,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -483,6 +484,16 @@ def print_loops(kernel: Kernel) -> None:
                 print(f"        {trip.global_bytes:>7} bytes {fewest:>7} instructions")
 
 
+def describe(path: Path, arch: str) -> str:
+    """What the numbers are of: compiler, day, commit."""
+    from gpu_report import commit  # (of this folder, which is not a package to everyone)
+
+    elf = run_tool("cuobjdump", "-arch", arch, "-elf", str(path.resolve()))
+    compiler = re.search(r"Tool Version:\s*(.+)", elf)  # as the assembler has noted it
+    made = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).date()
+    return f"{arch}, {compiler[1] if compiler else 'unknown tools'}, {made}, commit {commit()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -495,12 +506,15 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=512, help="(default: 512)")
     parser.add_argument("--lane-elements", type=int, default=8, help="(default: 8)")
     parser.add_argument("--bytes", type=int, help="from and to global memory, of a lane on a trip")
+    parser.add_argument("--describe", action="store_true", help="say first what was compiled")
     parser.add_argument("--loops", action="store_true", help="list each kernel's loops")
     options = parser.parse_args()
     kernels = read_kernels(disassemble(options.file, options.arch))
     kernels = [kernel for kernel in kernels if re.search(options.kernel, kernel.name)]
     if not kernels:
         sys.exit(f"{options.file} has no such kernels for {options.arch}.")
+    if options.describe:
+        print(describe(options.file, options.arch), end="\n\n")
     print_table(
         kernels,
         threads=options.threads,

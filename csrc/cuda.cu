@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kBlockThreads, direct_blocks(kFormats[kFormat]
   const auto memory_of = [&](int warp) {
     return static_cast<Memory*>(__cvta_shared_to_generic(kept(first + warp * sizeof(Memory))));
   };
-  HardwareWarp<DirectTile<kFormat, kLaneElements>> warp;
+  HardwareWarp<DirectTile> warp;
   const int number = threadIdx.x / kWarpLanes;
   // One warp looks for the rule of all: most tasks share it, and its powers of doubles take long
   // where few units work on doubles.
@@ -432,8 +432,8 @@ struct LaunchUpdate {
 
   template <class Rule>
   void run() const {
-    launch<update_kernel<Rule, T>>(queue, arguments, arguments.line.n_chunks,
-                                   arguments.line.buffer_bytes);
+    launch<update_kernel<AnyRule<T, Rule::kStates>, T>>(queue, arguments, arguments.line.n_chunks,
+                                                        arguments.line.buffer_bytes);
   }
 };
 

@@ -13,15 +13,6 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
-// The same pointer, to what is in device memory: the compiler need not find out whether it is in a
-// block's shared memory.
-FUSEDOPT_HD inline const void* in_global_memory(const void* data) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(data));
-#endif
-  return data;
-}
-
 // How many combinations have kernels of a rule: all where people train so, the first few where that
 // is seldom. (Each takes its time to compile.)
 template <class Rule>
@@ -125,6 +116,26 @@ FUSEDOPT_HD inline RandomKey state_key(const DirectMemory<Rule>& memory) {
   return random_key(memory.task->seed, memory.stages.step, kStateStream, pair_block(memory.begin));
 }
 
+// The chunk's task, of known formats, and where its operands begin.
+template <class Rule, int kFormat>
+FUSEDOPT_HD inline Task placed_task(const DirectMemory<Rule>& memory, Extras* extras) {
+  *extras = KnownTask<kFormat>::template extras<Rule>();
+  Task task = KnownTask<kFormat>::template task<Rule>(extras);
+  const auto place = [&](auto slot, Operand& operand) {
+    if (operand.data != nullptr) operand.data = slot_data<decltype(slot)::value>(memory);
+  };
+  place(Index<kParamSlot>{}, task.param);
+  place(Index<kGradSlot>{}, task.grad);
+  place(Index<kHiddenSlot>{}, extras->hidden);
+  place(Index<kEmaSlot>{}, extras->ema);
+  each_index<Rule::kStates>([&](auto index) {
+    constexpr int k = decltype(index)::value;
+    place(Index<kStateSlot + k>{}, task.state[k]);
+    extras->scale[k] = memory.task->scale[k];
+  });
+  return task;
+}
+
 // A tile, with each lane working on one element at a time: that which begins `at` elements after
 // the chunk. For tiles at the ends of tensors, and those whose numbers are unusual: this takes
 // longer, but little of the kernel.
@@ -132,11 +143,8 @@ template <class Rule, int kFormat, class Warp>
 FUSEDOPT_HD inline void update_singly(Warp& warp, const DirectMemory<Rule>& memory, int at) {
   const int64_t begin = memory.begin + at;
   const int left = memory.length - at < kBlock ? memory.length - at : int(kBlock);
-  using Known = KnownTask<kFormat>;
-  const Extras extras = Known::template extras<Rule>();
-  const Task known = Known::template task<Rule>(&extras);
-  const Gradients from = {known.grad, nullptr};
-  constexpr int kScales = Known::kCoded ? Rule::kStates : 0;
+  constexpr int kScales = KnownTask<kFormat>::kCoded ? Rule::kStates : 0;
+  float scale[kMaxStates] = {};
   // States in 8 bits are computed twice: all of a block must be known before any can be encoded.
   FUSEDOPT_KEEP_LOOP
   for (bool writes = kScales == 0;; writes = true) {
@@ -149,55 +157,36 @@ FUSEDOPT_HD inline void update_singly(Warp& warp, const DirectMemory<Rule>& memo
     for (int row = 0; row < left; row += kWarpLanes) {
       warp.each([&](int number, auto& whole) {
         if (row + number >= left) return;
-        const int64_t first = begin + row + number;
-        DirectTile<kFormat, 1> tile = {};
-        const DirectLane<kFormat, 1> lane(tile, memory.begin, at + row + number);
-        each_slot<kFormat, Rule>([&](auto index) {
-          constexpr int slot = decltype(index)::value;
-          using Element = typename Known::template Rows<slot>::Element;
-          tile.stored[slot][0] = reinterpret_cast<const Element*>(slot_data<slot>(memory))[first];
-        });
-        each_index<kScales>([&](auto index) {
-          constexpr int k = decltype(index)::value;
-          tile.scale[k] = memory.task->scale[k][begin / kBlock];
-        });
+        Extras extras;
+        const Task task = placed_task<Rule, kFormat>(memory, &extras);
+        const ElementLane<kFormat> lane(begin + row + number, writes);
+        LaneTile<float, 1> tile;
         Random random = {};
-        if (kScales > 0) {
-          random = lane.draw(state_key(memory), tile.bits);
-        }
-        update_lane_tile(lane, memory.rule, memory.stages, known, from, tile, random);
+        if (kScales > 0) random = lane.draw(state_key(memory), tile.bits);
+        update_lane_tile(lane, memory.rule, memory.stages, task, {task.grad, nullptr}, tile,
+                         random);
         each_index<kScales>([&](auto index) {
           constexpr int k = decltype(index)::value;
           if (!writes) {
             const uint32_t largest = lane.largest(tile.states[k]);
             whole.largest[k] = largest > whole.largest[k] ? largest : whole.largest[k];
           } else {
-            encode_state(lane, known, k, whole.scale[k], tile.states[k], random);
+            encode_state(lane, task, k, scale[k], tile.states[k], random);
           }
-        });
-        if (!writes) return;
-        each_slot<kFormat, Rule>([&](auto index) {
-          constexpr int slot = decltype(index)::value;
-          using Element = typename Known::template Rows<slot>::Element;
-          if constexpr (slot == kGradSlot) return;
-          reinterpret_cast<Element*>(slot_data<slot>(memory))[first] =
-              Element(tile.stored[slot][0]);
         });
       });
     }
     if (writes) break;
     each_index<kScales>([&](auto index) {
       constexpr int k = decltype(index)::value;
-      const float scale =
-          block_scale(warp.largest([&](const auto& whole) { return whole.largest[k]; }));
-      warp.each([&](int, auto& whole) { whole.scale[k] = scale; });
+      scale[k] = block_scale(warp.largest([&](const auto& whole) { return whole.largest[k]; }));
     });
   }
   warp.wait_for_lanes();
-  warp.each([&](int number, auto& whole) {
+  warp.each([&](int number, auto&) {
     each_index<kScales>([&](auto index) {
       constexpr int k = decltype(index)::value;
-      if (number == 0) memory.task->scale[k][begin / kBlock] = whole.scale[k];
+      if (number == 0) memory.task->scale[k][begin / kBlock] = scale[k];
     });
   });
 }
@@ -206,7 +195,7 @@ FUSEDOPT_HD inline void update_singly(Warp& warp, const DirectMemory<Rule>& memo
 template <class Rule, int kFormat, class Warp>
 FUSEDOPT_HD inline void update_chunk(Warp& warp, const DirectMemory<Rule>& memory) {
   using Known = KnownTask<kFormat>;
-  using Lane = DirectLane<kFormat, kLaneElements>;
+  using Lane = DirectLane<kFormat>;
   constexpr int kScales = Known::kCoded ? Rule::kStates : 0;
   const Extras extras = Known::template extras<Rule>();
   const Task known = Known::template task<Rule>(&extras);

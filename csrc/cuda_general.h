@@ -18,6 +18,56 @@ struct Buffers {
   FUSEDOPT_HD unsigned char* at(int i) const { return first + i * bytes; }
 };
 
+// Any of the rules that have kN states: which one, is told as the kernel runs. Most of a general
+// kernel is between the formats and the arithmetic, and the same for all of them.
+template <class T, int kN>
+class AnyRule {
+ public:
+  static constexpr int kStates = kN;
+
+  AnyRule() = default;
+  FUSEDOPT_HD AnyRule(const Group& group, double step, bool first) : number_(group.rule) {
+    visit([&](auto rule) {
+      rule = decltype(rule)(group.hyper, step, first);
+      static_assert(sizeof(rule) <= sizeof(bytes_) && sizeof(rule) % sizeof(T) == 0, "room for it");
+      __builtin_memcpy(bytes_, &rule, sizeof(rule));
+    });
+  }
+
+  FUSEDOPT_HD void apply(T* p, const T* g, T multiplier, T factor, const States<T>& states,
+                         int64_t n) const {
+    visit([&](auto rule) {
+      __builtin_memcpy(&rule, bytes_, sizeof(rule));
+      apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, n);
+    });
+  }
+
+ private:
+  template <class F>
+  struct Visitor {
+    F& f;
+
+    template <class Rule>
+    FUSEDOPT_HD void run() const {
+      if constexpr (Rule::kStates == kN) f(Rule());
+    }
+  };
+
+  // Calls f(some rule of that kind).
+  template <class F>
+  FUSEDOPT_HD void visit(F&& f) const {
+    select_rule<T>(number_, Visitor<F>{f});
+  }
+
+  int32_t number_;
+  alignas(16) unsigned char bytes_[12 * sizeof(T)];
+};
+
+template <class T, int kN>
+FUSEDOPT_HD inline void make(AnyRule<T, kN>& rule, const Group& group, double step, bool first) {
+  rule = AnyRule<T, kN>(group, step, first);
+}
+
 // A lane's part of a tile in a buffer: elements `begin` + row * kRow + lane * kQuad + 0 to 3.
 // Beyond the tensor's end they are zeros, and may become anything.
 class BufferLane : public LaneMemory<BufferLane> {
@@ -35,6 +85,12 @@ class BufferLane : public LaneMemory<BufferLane> {
   template <class Kind>
   FUSEDOPT_HD static constexpr bool has(Kind) {
     return true;
+  }
+
+  template <class T, int kN>
+  FUSEDOPT_HD void apply(const AnyRule<T, kN>& rule, T* p, const T* g, T multiplier, T factor,
+                         const States<T>& states) const {
+    rule.apply(p, g, multiplier, factor, states, kElements);
   }
 
   template <class Rule, class T>

@@ -8,6 +8,16 @@
 
 namespace fusedopt::FUSEDOPT_ISA {
 
+// The same pointer, to what is in device memory: the compiler need not find out whether it is in a
+// block's shared memory.
+template <class T>
+FUSEDOPT_HD inline T* in_global_memory(T* data) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(data));
+#endif
+  return data;
+}
+
 template <int kSize>
 struct ElementOf;
 template <>
@@ -145,33 +155,22 @@ struct KnownTask {
 };
 
 // What a lane has of a tile: operands as they are stored, and what it works on.
-template <int kFormat, int kElements>
-struct DirectTile : LaneTile<float, kElements> {
+struct DirectTile : LaneTile<float> {
   unsigned char* data[kSlots];  // where its first elements are
-  uint32_t stored[kSlots][kElements];
+  uint32_t stored[kSlots][kLaneElements];
   float* scales[kMaxStates];  // of the tile's states in 8 bits
   float scale[kMaxStates];
   bool exact;  // what has been computed
 };
 
-// What a lane computes with that has so many elements.
-template <int kElements>
-struct NumberOf {
-  using type = Quick;
-};
-template <>
-struct NumberOf<1> {
-  using type = float;
-};
-
-// A lane's part of a tile in registers: several elements, rows of neighbours, or one. The first is
-// element `begin` + `at` of the tensor, where `begin`, an even number, is that of a chunk.
-template <int kFormat, int kElements>
-class DirectLane : public LaneMemory<DirectLane<kFormat, kElements>, kElements> {
+// A lane's part of a tile in registers, rows of neighbours. The first is element `begin` + `at` of
+// the tensor, where `begin`, an even number, is that of a chunk.
+template <int kFormat>
+class DirectLane : public LaneMemory<DirectLane<kFormat>> {
  public:
   using Known = KnownTask<kFormat>;
 
-  FUSEDOPT_HD DirectLane(DirectTile<kFormat, kElements>& tile, int64_t begin, int at)
+  FUSEDOPT_HD DirectLane(DirectTile& tile, int64_t begin, int at)
       : tile_(tile), begin_(begin), at_(at) {}
 
   FUSEDOPT_HD static constexpr bool has(WeightPrecision precision) {
@@ -189,22 +188,21 @@ class DirectLane : public LaneMemory<DirectLane<kFormat, kElements>, kElements> 
     return uint32_t(uint64_t(begin_) >> 1) +
            (at_ + Known::template Rows<kParamSlot>::offset(i)) / 2u;
   }
-  FUSEDOPT_HD bool is_second() const { return at_ % 2 != 0; }
 
   template <class Stored>
   FUSEDOPT_HD const Stored* read(const Operand& operand, Stored* buffer) const {
     at_slot<sizeof(Stored)>(operand, [&](const uint32_t* stored) {
-      __builtin_memcpy(buffer, stored, kElements * sizeof(Stored));
+      __builtin_memcpy(buffer, stored, kLaneElements * sizeof(Stored));
     });
     return buffer;
   }
 
   template <class Stored, class F>
   FUSEDOPT_HD void write(const Operand& operand, F&& fill) const {
-    Stored buffer[kElements];
+    Stored buffer[kLaneElements];
     fill(buffer);
     at_slot<sizeof(Stored)>(operand, [&](uint32_t* stored) {
-      __builtin_memcpy(stored, buffer, kElements * sizeof(Stored));
+      __builtin_memcpy(stored, buffer, kLaneElements * sizeof(Stored));
     });
   }
 
@@ -212,20 +210,20 @@ class DirectLane : public LaneMemory<DirectLane<kFormat, kElements>, kElements> 
     return &tile_.scale[reinterpret_cast<uintptr_t>(number)];
   }
 
-  // Several quickly, and notes whether that was exact; one exactly.
+  // Quickly, and notes whether that was exact.
   template <class Rule>
   FUSEDOPT_HD void apply(const Rule& rule, float* p, const float* g, float multiplier, float factor,
                          const States<float>& states) const {
-    using E = typename NumberOf<kElements>::type;
     tile_.exact = true;
     FUSEDOPT_UNROLL
-    for (int i = 0; i < kElements; ++i) {
-      tile_.exact &= apply_to_element<E>(rule, p, g, multiplier, factor, states, NoAverage{}, i);
+    for (int i = 0; i < kLaneElements; ++i) {
+      tile_.exact &=
+          apply_to_element<Quick>(rule, p, g, multiplier, factor, states, NoAverage{}, i);
     }
   }
 
-  FUSEDOPT_HD uint32_t largest(const float (&x)[kElements]) const {
-    return largest_magnitude(x, kElements);
+  FUSEDOPT_HD uint32_t largest(const float (&x)[kLaneElements]) const {
+    return largest_magnitude(x, kLaneElements);
   }
 
  private:
@@ -241,9 +239,59 @@ class DirectLane : public LaneMemory<DirectLane<kFormat, kElements>, kElements> 
     });
   }
 
-  DirectTile<kFormat, kElements>& tile_;
+  DirectTile& tile_;
   int64_t begin_;
   int at_;
+};
+
+// One element of a task, which is worked on where it lies in memory.
+template <int kFormat>
+class ElementLane : public LaneMemory<ElementLane<kFormat>, 1> {
+ public:
+  FUSEDOPT_HD ElementLane(int64_t element, bool writes) : element_(element), writes_(writes) {}
+
+  template <class Kind>
+  FUSEDOPT_HD static constexpr bool has(Kind kind) {
+    return DirectLane<kFormat>::has(kind);
+  }
+
+  FUSEDOPT_HD uint32_t block() const { return pair_block(element_); }
+  FUSEDOPT_HD uint32_t pair(int) const { return uint32_t(uint64_t(element_) >> 1); }
+  FUSEDOPT_HD bool is_second() const { return element_ % 2 != 0; }
+
+  template <class Stored>
+  FUSEDOPT_HD const Stored* read(const Operand& operand, Stored* buffer) const {
+    const auto bits = *element<sizeof(Stored)>(operand);
+    __builtin_memcpy(buffer, &bits, sizeof(Stored));
+    return buffer;
+  }
+
+  template <class Stored, class F>
+  FUSEDOPT_HD void write(const Operand& operand, F&& fill) const {
+    if (!writes_) return;
+    Stored buffer[1];
+    fill(buffer);
+    __builtin_memcpy(element<sizeof(Stored)>(operand), buffer, sizeof(Stored));
+  }
+
+  FUSEDOPT_HD const float* scale(const float* scales) const { return scales + element_ / kBlock; }
+
+  template <class Rule>
+  FUSEDOPT_HD void apply(const Rule& rule, float* p, const float* g, float multiplier, float factor,
+                         const States<float>& states) const {
+    apply_rule(rule, p, g, multiplier, factor, states, NoAverage{}, 1);
+  }
+
+  FUSEDOPT_HD uint32_t largest(const float (&x)[1]) const { return largest_magnitude(x, 1); }
+
+ private:
+  template <int kSize>
+  FUSEDOPT_HD auto element(const Operand& operand) const {
+    return static_cast<typename ElementOf<kSize>::type*>(in_global_memory(operand.data)) + element_;
+  }
+
+  int64_t element_;
+  bool writes_;
 };
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -201,13 +201,18 @@ FUSEDOPT_HD inline void copy_words(Warp& warp, T* to, const T* from) {
   });
 }
 
+template <class Rule>
+FUSEDOPT_HD inline void make(Rule& rule, const Group& group, double step, bool first) {
+  rule = Rule(group.hyper, step, first);
+}
+
 // (A function of its own: it needs many registers, for the powers of doubles in it, and seldom
 // runs.)
 template <class Rule, class T>
 FUSEDOPT_OUTLINE void make_rule(WarpMemory<Rule, T>& memory, const DeviceGroup& device,
                                 double before, bool first) {
   if (device.lr != nullptr) memory.options.hyper[0] = load_scalar(device.lr, device.lr_dtype);
-  memory.rule = Rule(memory.options.hyper, before + 1, first);
+  make(memory.rule, memory.options, before + 1, first);
   memory.stages = TileStages<T>(memory.verdict.stages, memory.options, before + 1);
 }
 
@@ -290,7 +295,8 @@ template <class Line, class TaskOf>
 FUSEDOPT_HD inline void advance_counters(const Line& line, int32_t n_tasks, int64_t thread,
                                          int64_t n, TaskOf&& task_of) {
   // Some at a time, so that a thread does not wait for each of the thousands that there may be.
-  constexpr int kBatch = 8;
+  // (Not many: there is a copy of this in each kernel.)
+  constexpr int kBatch = 4;
   for (int64_t first = thread; first < n_tasks; first += kBatch * n) {
     void* steps[kBatch];
     DType dtypes[kBatch];

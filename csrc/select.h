@@ -15,9 +15,13 @@ constexpr FamilyEntry kFamilies[] = {
 
 constexpr int kStreamRule = 9;  // + the number of states
 
-// Calls visit.template run<Rule>() for the rule with this number.
+// Calls visit.template run<Rule>() for the rule with this number. (In CUDA kernels, too, with their
+// own visitors: nvcc is not to ask whether the host's would run there.)
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class T, class Visitor>
-inline void select_rule(int rule, Visitor&& visit) {
+FUSEDOPT_HD inline void select_rule(int rule, Visitor&& visit) {
   switch (rule) {
     case 0: return visit.template run<Adam<T, false>>();
     case 1: return visit.template run<Adam<T, true>>();

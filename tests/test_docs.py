@@ -57,6 +57,35 @@ def test_the_readme_quotes_the_results() -> None:
         assert float(limit) == pytest.approx(relative["limit"]["median"], abs=0.01)
 
 
+def test_the_kernels_numbers_are_those_of_the_machine_code() -> None:
+    """Each row of the table in docs/internals.md, and what is said below it."""
+    text = (ROOT / "benchmarks" / "results" / "machine-code-sm_90.txt").read_text("utf-8")
+    head, columns, *lines = filter(None, text.splitlines())
+    assert re.fullmatch(r"sm_90, .* V[\d.]+, \d{4}-\d\d-\d\d, commit [0-9a-f]{40}", head)
+    kernels = {}
+    for line in lines:
+        *numbers, name = line.split(maxsplit=len(columns.split()) - 1)
+        kernels[name] = dict(zip(columns.split(), numbers, strict=False))
+    assert all((row["stack"], row["st/ld"]) == ("0", "0/0") for row in kernels.values())
+    adam = [kernels[f"direct_update_kernel<Adam<float, false>, {i}>"] for i in range(12)]
+    page = (DOCS / "internals.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([a-z].+?) \| (\d+ \|.+?) \| [^|]+ \|$", page, re.MULTILINE)
+    assert [formats for formats, _ in rows] == [
+        *("float32", "bfloat16", "bfloat16, remainder", "bfloat16, master"),
+        *("float32, 8-bit state", "bfloat16, remainder, 8-bit state"),
+    ]
+    for (_, cells), row in zip(rows, adam, strict=False):
+        moved, registers, warps, instructions, *issue = cells.split(" | ")
+        assert [registers, warps, instructions] == [row["regs"], row["warps"], row["/512"]]
+        for copied, cell in zip((3.0e12, 4.3e12), issue, strict=True):
+            needed = copied / int(moved) * int(instructions) / 512
+            assert float(cell) == pytest.approx(needed / (4 * 132 * 1.755e9), abs=0.006)
+    more = [int(b["/512"]) - int(a["/512"]) for a, b in zip(adam[:6], adam[6:], strict=True)]
+    assert {row["warps"] for row in adam[6:]} == {"24"}
+    assert "each has 24 warps and 60 to 160 instructions more" in page
+    assert 60 <= min(more) <= max(more) <= 160
+
+
 def test_every_option_is_documented() -> None:
     text = (DOCS / "pipeline.md").read_text(encoding="utf-8")
     for name in ARGUMENTS:
