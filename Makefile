@@ -38,10 +38,10 @@ demo: build
 	$(BIN)/python examples/digits.py --plot demo.png
 	$(BIN)/python examples/strategy.py --plot strategy.png
 
-# The second run is of the CUDA path, on an emulated GPU.
+# On all processors; the second run is of the CUDA path, on an emulated GPU.
 test: build
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --device fake $(ON_A_DEVICE)
+	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --device fake $(ON_A_DEVICE)
 
 bench: build
 	mkdir -p build
