@@ -919,6 +919,24 @@ def test_what_the_page_of_the_pipeline_quotes() -> None:
         assert sentence in page("pipeline.md")
 
 
+def test_what_the_page_says_of_many_tensors() -> None:
+    (path,) = (BENCHMARKS / "results").glob("many-tensors-cpu-*.json")
+    found = {r["tensors"]: r["contenders"] for r in json.loads(path.read_text())["results"]}
+    ours = [found[n]["fusedopt"]["ns"]["median"] / 1e3 for n in (100, 1000, 10_000)]
+
+    def times(name: str) -> list[float]:
+        return [c[name]["time_relative_to_ours"]["median"] for c in found.values()]
+
+    fused, asking = times("torch fused"), times("asking torch")
+    for sentence in (
+        f"takes {ours[0]:.1f} microseconds where there are 100, {ours[1]:.1f} of 1000 and "
+        f"{ours[2]:.1f} of 10,000;",
+        f"takes {fused[0]:.0f}, {fused[1]:.0f} and {fused[2]:.0f} times as long.",
+        f"{min(asking):.2f} to {max(asking):.2f} of our time is what torch takes",
+    ):
+        assert sentence in page("performance.md")
+
+
 def test_what_the_pages_of_training_quote() -> None:
     found = committed("training")
 
