@@ -25,11 +25,11 @@ most bytes by 16 at a time; if none moves any so, the one with most floating-poi
 the one that moves most bytes of any width: a loop over counters moves more.)
 
 A trip is the way from the loop's head back to it that moves most bytes by 16 at a time; of several,
-the one that moves most bytes, then the one that enters fewest loops inside it, then the one with
-fewest calls, then with fewest instructions. So
-wide accesses are preferred to narrow ones, options that load or store are on, those that only
-calculate are off, and divisions and roots do not take their slow ways. With --bytes it is a way on
-which a lane moves exactly so many bytes from and to global memory; --loops lists what there is.
+the one that enters least of the loops inside it, then the one that moves most bytes, then the one
+with fewest calls, then with fewest instructions. So wide accesses are preferred to narrow ones,
+options that load or store are on, those that only calculate are off, and divisions and roots do not
+take their slow ways. With --bytes it is a way on which a lane moves exactly so many bytes from and
+to global memory; --loops lists what there is.
 Bytes are of global and shared memory; those inside an inner loop are the inner loop's only.
 
 Every instruction on the way is counted once, whether its predicate is true or not. Where lanes of a
@@ -140,10 +140,10 @@ class Trip(NamedTuple):
     """A way through a loop. The best one is the greatest."""
 
     wide: int  # bytes that are moved by 16 or more at a time
+    fewer_loops: int  # blocks of loops inside, counted down from zero
     bytes: int  # from and to global and shared memory
     stores: int
-    fewer_loops: int  # counted down from zero, as
-    fewer_calls: int
+    fewer_calls: int  # counted down, too, as
     fewer_instructions: int
     global_bytes: int
     blocks: tuple[int, ...]
@@ -407,9 +407,9 @@ def find_trips(blocks: list[Block], body: list[int], own: set[int]) -> list[Trip
         global_names = (*GLOBAL_LOADS, *GLOBAL_STORES) if at in own else ()
         step = (
             block.moved(*spaces, at_least=WIDE),
+            -(at not in own),
             block.moved(*spaces),
             block.moved(*(STORES if at in own else ())),
-            -(at not in own),
             -sum(i.name == "CALL" for i in block.code),
             -len(block.code),
             block.moved(*global_names),

@@ -4,7 +4,8 @@ The formats that people train with, each by four rules, plain and clipped, and b
 average of the weights, too. A combination is run three times: as usual, on a stream of its own,
 and as a graph that is replayed. The first is compared with the same steps on the CPU, and with
 torch's on the GPU where torch has them; the other two have to give the same bits as the first.
-Stops at the first mismatch, and says where it is.
+Before these, divisions and square roots of many numbers, which kernels compute from the GPU's
+estimates (csrc/quick.h). Stops at the first mismatch, and says where it is.
 """
 
 from __future__ import annotations
@@ -288,6 +289,34 @@ def check(
     return differ
 
 
+def check_roots(device: torch.device, every: int) -> int:
+    """Quotients and square roots. Returns how many of each have been computed.
+
+    Adagrad's step from a weight of zero is nothing else. The roots are of the numbers from 1 to 4,
+    whose mantissas are all that there are, or one in ``every`` of them; what is divided by them is
+    first a power of two, then anything.
+
+    Raises:
+        MismatchError: One has other bits than on the CPU.
+    """
+    squares = torch.arange(0x3F800000, 0x40800000, every, dtype=torch.int32, device="cpu")
+    squares = squares.view(FLOAT32)
+    shapes = Shapes(((squares.numel(),),))
+    gradients = {  # whose squares are lost beside these
+        "square roots": torch.full_like(squares, 2**-20),
+        "quotients": shapes.values(0) * 2**-16,
+    }
+    for what, gradient in gradients.items():
+        weight = torch.nn.Parameter(torch.zeros_like(squares).to(device))
+        weight.grad = gradient.to(device)
+        optimizer = fusedopt.Adagrad([weight], lr=1.0, eps=0.0)
+        optimizer.state[weight]["sum"].copy_(squares)
+        optimizer.step()
+        expected = -gradient / squares.sqrt()
+        compare(what, shapes, weight.detach().cpu(), expected, None, None)
+    return squares.numel()
+
+
 def torchs(rule: str, kept: Format, clip: bool, shapes: Shapes, device: torch.device) -> Tensor:
     """The weights after the same steps by torch."""
     model = Model(shapes, device, kept.torchs, kept.dtype)
@@ -310,6 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device, 0)
     shapes = Shapes((*LARGE, *((1 + index % 97,) for index in range(options.tensors))))
     print(f"torch {torch.__version__}; fusedopt's kernels for CUDA: {build_info()['CUDA']}")
+    try:
+        count = check_roots(device, 1 if options.device == "cuda" else 1009)
+    except MismatchError as error:
+        sys.exit(f"smoke: MISMATCH: {error}")
+    print(f"{count} square roots and as many quotients are right")
     runs: list[tuple[str, dict[str, Any]]] = [(rule, {}) for rule in RULES]
     runs.append(("AdamW", {"ema_decay": 0.9}))
     for name in options.format:

@@ -5,8 +5,8 @@
 // on it, and writes it back. Warps need few registers, so many of them run at a time, and what they
 // have on the way together is more than the memory delivers until the first of it comes.
 //
-// The host has seen to it that operands lie densely and aligned. Only the tile at a tensor's end is
-// read and written element by element.
+// The host has seen to it that operands lie densely and aligned. Only tiles at tensors' ends, and
+// those whose numbers are unusual, are read and written element by element.
 #pragma once
 
 #include "cuda_registers.h"

@@ -120,7 +120,7 @@ struct DeviceControl {
   uint64_t skipped;    // counts skipped steps
   // Of the launch that runs:
   uint32_t blocks_ready;
-  uint32_t chunks_taken;  // beyond the first of each warp
+  uint32_t chunks_taken;  // beyond the first two of each warp
 };
 
 // Gradients' factors and the step's fate, where only the device knows them.

@@ -183,7 +183,6 @@ class DirectLane : public LaneMemory<DirectLane<kFormat>> {
     return false;
   }
 
-  FUSEDOPT_HD uint32_t block() const { return pair_block(begin_); }
   FUSEDOPT_HD uint32_t pair(int i) const {
     return uint32_t(uint64_t(begin_) >> 1) +
            (at_ + Known::template Rows<kParamSlot>::offset(i)) / 2u;
@@ -255,7 +254,6 @@ class ElementLane : public LaneMemory<ElementLane<kFormat>, 1> {
     return DirectLane<kFormat>::has(kind);
   }
 
-  FUSEDOPT_HD uint32_t block() const { return pair_block(element_); }
   FUSEDOPT_HD uint32_t pair(int) const { return uint32_t(uint64_t(element_) >> 1); }
   FUSEDOPT_HD bool is_second() const { return element_ % 2 != 0; }
 

@@ -33,15 +33,15 @@ FUSEDOPT_ELEMENT inline float estimate_reciprocal_root(float x) {
   return y;
 }
 #else
-// (On a CPU, where only tests come here, reciprocals are as bad as they may be: off by up to two
-// units, this way or that.)
+// (On a CPU, where only tests come here, reciprocals are off by up to two units, this way or that.)
 FUSEDOPT_ELEMENT inline float flush(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   return (bits & 0x7f800000u) == 0 ? bit_cast<float>(bits & 0x80000000u) : x;
 }
 FUSEDOPT_ELEMENT inline float spoil(float exact, float x) {
   const uint32_t bits = bit_cast<uint32_t>(exact), exponent = bits & 0x7f800000u;
-  if (exponent == 0 || exponent == 0x7f800000u) return flush(exact);
+  const bool all_ones = (bit_cast<uint32_t>(x) & 0x7fffffu) == 0x7fffffu;  // as quotients need it
+  if (exponent == 0 || exponent == 0x7f800000u || all_ones) return flush(exact);
   return flush(bit_cast<float>(bits + bit_cast<uint32_t>(x) % 5 - 2));
 }
 FUSEDOPT_ELEMENT inline float estimate_reciprocal(float x) { return spoil(1 / flush(x), x); }
@@ -86,7 +86,9 @@ struct Quick {
   // Markstein 1990: the reciprocal is refined once, and the quotient twice by the excess of b q
   // over a, which multiply_add gives without rounding as long as it is not among the subnormal
   // numbers. With b and q of at least 2^-50, it is not. (What is too large or infinite on the way
-  // makes q nan.) Zeros keep their signs, as the excess is taken away, not added.
+  // makes q nan.) A divisor whose mantissa is all ones needs an estimate that is rounded correctly;
+  // so does the compiler's own function, which begins with the same instructions, and is exact.
+  // Zeros keep their signs, as the excess is taken away, not added.
   FUSEDOPT_ELEMENT friend Quick operator/(Quick a, Quick b) {
     const float estimate = estimate_reciprocal(b.value);
     const float inverse = multiply_add(estimate, multiply_add(-b.value, estimate, 1.0f), estimate);

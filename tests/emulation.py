@@ -8,7 +8,6 @@ else, from the optimizers down to the tables in device memory, is what runs on C
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import importlib.util
 import os
@@ -61,9 +60,7 @@ def _build() -> Path:
         lines.append(f"build {source.stem}.o: compile {source}")
         lines.append(f"  flags = {setup.ninja_quote(extra)}")
     lines.append(f"build {target}: link {' '.join(f'{source.stem}.o' for source in flags)}")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / "lock").open("w") as lock:  # tests may run side by side
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with fake_device.alone_in(FOLDER):
         (FOLDER / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(FOLDER)]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import time
@@ -17,19 +18,29 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until no other test run builds in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "alone").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build() -> ModuleType:
     """The extension, compiled if it is not up to date."""
     folder = ROOT / "build" / "fake_device"
-    folder.mkdir(parents=True, exist_ok=True)
     path = os.environ["PATH"]
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])  # where torch looks for it
     try:
-        return cpp_extension.load(
-            name="fake_device",
-            sources=[str(ROOT / "tests" / "fake_device.cpp")],
-            extra_cflags=["-O1"],
-            build_directory=str(folder),
-        )
+        with alone_in(folder):
+            (folder / "lock").unlink(missing_ok=True)  # torch's, left behind if it was killed
+            return cpp_extension.load(
+                name="fake_device",
+                sources=[str(ROOT / "tests" / "fake_device.cpp")],
+                extra_cflags=["-O1"],
+                build_directory=str(folder),
+            )
     finally:
         os.environ["PATH"] = path
 

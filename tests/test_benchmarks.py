@@ -929,8 +929,8 @@ def test_what_the_page_says_of_many_tensors() -> None:
 
     fused, asking = times("torch fused"), times("asking torch")
     for sentence in (
-        f"takes {ours[0]:.1f} microseconds where there are 100, {ours[1]:.1f} of 1000 and "
-        f"{ours[2]:.1f} of 10,000;",
+        f"takes {ours[0]:.1f} microseconds where there are 100, {ours[1]:.1f} where there are "
+        f"1000 and {ours[2]:.1f} where there are 10,000;",
         f"takes {fused[0]:.0f}, {fused[1]:.0f} and {fused[2]:.0f} times as long.",
         f"{min(asking):.2f} to {max(asking):.2f} of our time is what torch takes",
     ):
