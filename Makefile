@@ -86,6 +86,7 @@ build: $(VENV)/built
 
 # The build itself runs isolated from the environment, as for any user: it needs no torch.
 $(VENV)/built: $(SOURCES) $(VENV)/installed
+	@echo "Building the extension: a minute, or some where there is an nvcc (FUSEDOPT_CUDA=0: without CUDA)."
 	$(PIP) --no-deps -e .
 	touch $@
 

@@ -140,6 +140,25 @@ def parts(folder: Path) -> dict[str, tuple[list[str], int]]:
     }
 
 
+def lacking() -> str:
+    """What this Python has not, in a sentence, or nothing."""
+    needed = ("torch", "pybind11", "ninja", "setuptools", "pytest")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"{sys.executable} has no {', '.join(missing)}." if missing else ""
+
+
+def blind() -> str:
+    """Why this Python's torch cannot use the GPU, in a sentence, or nothing."""
+    ask = "import torch; print(torch.__version__, torch.cuda.is_available())"
+    asked = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True
+    )
+    made, _, sees = asked.stdout.strip().partition(" ")
+    if asked.returncode != 0:
+        return f"torch cannot be imported: {asked.stderr.strip().splitlines()[-1]}"
+    return "" if sees == "True" else f"torch {made} of {sys.executable} can use no GPU."
+
+
 def first_gpu() -> dict[str, str]:
     """The first GPU's name and driver, and its architecture, such as "90"; {} without one."""
     query = ["nvidia-smi", "--query-gpu=compute_cap,driver_version,name", "--format=csv,noheader"]
@@ -275,9 +294,13 @@ def main(names: list[str]) -> None:
     known = parts(folder)
     wanted = chosen(names, known)
     end = time.monotonic() + float(os.environ.get("GPU_REPORT_SECONDS") or 340) - GRACE
+    if lacking():
+        sys.exit(f"gpu-report: {lacking()}")
     gpu = first_gpu()
     if not gpu:
-        sys.exit("gpu-report: nvidia-smi finds no GPU here.")
+        sys.exit("gpu-report: nvidia-smi finds no GPU here. (docs/gpu.md says what to prepare.)")
+    if reason := blind():
+        sys.exit(f"gpu-report: {reason}")
     digest = sources()
     of = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

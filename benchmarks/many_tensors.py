@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 from fusedopt.bench.contenders import CONTENDERS, CPU, OPTIMIZERS, Case, Gradients
 from fusedopt.bench.machine import describe, environment
 from fusedopt.bench.measure import ratio, rounds
+from fusedopt.bench.report import doubts
 from fusedopt.models import Model
 
 COUNTS = (100, 1000, 10_000)
@@ -77,13 +78,16 @@ def measure(tensors: int, count: int, budget: float) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured here")
-    parser.add_argument("--quick", action="store_true", help="few rounds, and not too many")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds, and not the 10,000 tensors"
+    )
     options = parser.parse_args(arguments)
     counts, count, budget = (COUNTS[:2], 4, 1.0) if options.quick else (COUNTS, 24, 10.0)
     report: dict[str, Any] = {**environment(CPU), "results": []}
     print(describe(report))
     for tensors in counts:
         report["results"].append(measure(tensors, count, budget))
+    print(*doubts(report), sep="\n")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -356,8 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             count += 1
         seconds = time.monotonic() - start
         print(
-            f"{name}: {count} combinations are right ({seconds:.1f} s); "
-            f"{differ} numbers differ from the CPU's in their last bits",
+            f"{name}: {count} combinations are right ({seconds:.1f} s); {differ} numbers differ "
+            "from the CPU's in their last bits, as norms, and what they clip, may",
             flush=True,
         )
 

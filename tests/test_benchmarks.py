@@ -1048,6 +1048,20 @@ def test_which_gpu_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert module.first_gpu() == (dict(zip(names, found, strict=True)) if found else {})
 
 
+def test_a_gpu_report_needs_a_python_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is built, and what is installed even where there is no GPU."""
+    module = load_gpu_report()
+    assert module.lacking() == ""
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name == "torch" or None)
+    with pytest.raises(SystemExit, match=r"has no pybind11, ninja, setuptools, pytest\.$"):
+        module.main(["smoke"])
+    monkeypatch.setattr(module, "lacking", lambda: "")
+    monkeypatch.setattr(module, "first_gpu", lambda: {"arch": "90", "driver": "1", "gpu": "A GPU"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match=r"torch \S+ of .* can use no GPU\.$"):
+        module.main(["smoke"])
+
+
 def gpu_report(
     monkeypatch: pytest.MonkeyPatch,
     folder: Path,
@@ -1058,6 +1072,7 @@ def gpu_report(
     """What a report of these parts exits with, and how they ended."""
     module = load_gpu_report()
     monkeypatch.setattr(module, "first_gpu", lambda: {"arch": "90", "driver": "1", "gpu": "A GPU"})
+    monkeypatch.setattr(module, "blind", lambda: "")
     monkeypatch.setattr(module, "in_place", lambda *_: built)
     monkeypatch.setattr(module, "parts", lambda _: known)
     monkeypatch.setattr(module, "GRACE", 1)
