@@ -297,7 +297,7 @@ def check_roots(device: torch.device, every: int) -> int:
     first a power of two, then anything.
 
     Raises:
-        MismatchError: One has other bits than on the CPU.
+        MismatchError: One is not the exact one, rounded once.
     """
     squares = torch.arange(0x3F800000, 0x40800000, every, dtype=torch.int32, device="cpu")
     squares = squares.view(FLOAT32)
@@ -312,7 +312,9 @@ def check_roots(device: torch.device, every: int) -> int:
         optimizer = fusedopt.Adagrad([weight], lr=1.0, eps=0.0)
         optimizer.state[weight]["sum"].copy_(squares)
         optimizer.step()
-        expected = -gradient / squares.sqrt()
+        # By float64: torch's own roots in float32 are not all rounded correctly.
+        roots = squares.double().sqrt().float()
+        expected = (-gradient.double() / roots.double()).float()
         compare(what, shapes, weight.detach().cpu(), expected, None, None)
     return squares.numel()
 

@@ -1201,11 +1201,25 @@ def test_smoke_finds_what_is_wrong(
     monkeypatch.setattr(smoke, "torchs", lambda *_: torch.zeros(2022))
     with pytest.raises(smoke.MismatchError, match="AdamW, float32, clipped, against torch: weight"):
         check("float32", clip=True)
+    monkeypatch.setattr(smoke, "check_roots", lambda *_: 0)
     whole_check = smoke.check
     monkeypatch.setattr(smoke, "check", lambda *of: whole_check(*of[:-2], shapes, CPU))
     with pytest.raises(SystemExit, match="smoke: MISMATCH: AdamW, float32, against torch"):
         smoke.main([])
-    assert "are right" not in capsys.readouterr().out
+    assert "combinations are right" not in capsys.readouterr().out
+
+
+def test_smoke_looks_at_roots(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = script("smoke")
+    assert smoke.check_roots(CPU, 1009) == 16628
+    usual = fusedopt.Adagrad
+    monkeypatch.setattr(
+        smoke.fusedopt, "Adagrad", lambda params, lr, eps: usual(params, lr=lr, eps=1e-6)
+    )
+    with pytest.raises(smoke.MismatchError, match=r"square roots: \d+ of 16628 elements are wrong"):
+        smoke.check_roots(CPU, 1009)
 
 
 def test_what_smoke_takes_for_the_same(script: Callable[[str], ModuleType]) -> None:
