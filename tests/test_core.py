@@ -112,7 +112,7 @@ def test_core(tmp_path: Path) -> None:
 
 @pytest.mark.sanitize
 def test_core_under_sanitizers(tmp_path: Path) -> None:
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     run_core(compile_core(tmp_path, flags), ASAN_OPTIONS="detect_leaks=1")
 
 
