@@ -1,9 +1,11 @@
 // The module.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "convert.h"
 #include "cpu.h"
@@ -30,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"));
   m.def("check_not_capturing", &check_not_capturing, py::arg("device"));
   m.def("family_states", &family_states, py::arg("family"));
+  m.def("family_hypers", &family_hypers, py::arg("family"));
   m.attr("BLOCK") = kBlock;
   m.attr("SOURCES") = FUSEDOPT_SOURCES;
   py::dict words;
@@ -41,7 +44,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("REPORT_WORDS") = words;
 
   m.def(
-      "close_windows", [](const py::dict& state) { close_windows(state.ptr()); }, py::arg("state"));
+      "end_window",
+      [](const py::dict& attributes, int skips) { end_window(attributes.ptr(), skips); },
+      py::arg("attributes"), py::arg("skips"));
 
   py::enum_<NormType>(m, "NormType")
       .value("none", NormType::kNone)
@@ -74,17 +79,20 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("l1", &StepOptions::l1);
 
   py::class_<Stepper>(m, "Stepper")
-      .def(py::init([](const std::string& family, const py::object& unshared,
+      .def(py::init([](const std::string& family, const std::vector<py::object>& carried,
+                       const py::object& check_carried, const py::object& unshared,
                        const py::object& allocate, const py::object& allocate_for,
                        const py::object& record) {
-             return std::make_unique<Stepper>(family, unshared,
+             return std::make_unique<Stepper>(family, CarriedOptions{carried, check_carried},
+                                              unshared,
                                               TensorMemory{allocate, allocate_for, record});
            }),
-           py::arg("family"), py::arg("unshared"), py::arg("allocate"), py::arg("allocate_for"),
+           py::arg("family"), py::arg("carried"), py::arg("check_carried"), py::arg("unshared"), py::arg("allocate"), py::arg("allocate_for"),
            py::arg("record"))
       .def("configure", &Stepper::configure, py::arg("options"))
-      .def("begin", &Stepper::begin)
-      .def("end", &Stepper::end)
+      .def("__enter__", &Stepper::begin)
+      .def("__exit__", [](Stepper& stepper, const py::args&) { stepper.end(); })
+      .def("wrote", &Stepper::wrote)
       .def("forget", &Stepper::forget)
       // A copy of an optimizer makes a stepper of its own.
       .def("__reduce__",

@@ -207,11 +207,15 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
     const py::object sum = extra(kGradSum) = find(names().grad_sum);
     if (count && !sum) fail(place, "its state lacks 'grad_sum', but has 'grad_count'");
   }
-  // Stock keeps counters on the CPU, too.
-  View step;
-  if (entry.step && read_tensor(entry.step.ptr(), &step) == Reading::kOk &&
-      step.device != p.device) {
-    missing.append(py::handle(names().step));
+  // Stock keeps counters on the CPU, too, and takes them in any dtype.
+  if (entry.step) {
+    View step;
+    const Reading reading = read_tensor(entry.step.ptr(), &step);
+    const bool counts = step.dtype == DType::kFloat32 || step.dtype == DType::kFloat64;
+    if (reading == Reading::kDType ||
+        (reading == Reading::kOk && (step.device != p.device || !counts))) {
+      missing.append(py::handle(names().step));
+    }
   }
   if (!missing.empty()) {
     missing_.append(py::make_tuple(place.group, place.index, missing));

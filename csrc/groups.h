@@ -31,6 +31,20 @@ struct Option {
   }
 };
 
+// The options of the step (fusedopt/options.py), as a group may carry them: not to be read, for they
+// are the optimizer's, but to be found equal to those.
+struct CarriedOptions {
+  std::vector<py::object> names;
+  py::object check;  // check(attributes of the optimizer, group, its index): raises
+
+  bool any(PyObject* dict) const {
+    for (const py::object& name : names) {
+      if (PyDict_GetItemWithError(dict, name.ptr()) != nullptr) return true;
+    }
+    return false;
+  }
+};
+
 // The options that a family's rules read.
 struct FamilyOptions {
   std::vector<Option> hyper, flags;
@@ -52,11 +66,16 @@ struct FamilyOptions {
 // have thousands.)
 class GroupOptions {
  public:
-  // Reads the group and returns its parameters' sequence (borrowed). `index` is for messages.
-  PyObject* read(const FamilyOptions& options, PyObject* dict, int index) {
+  // Reads the group and returns its parameters' sequence (borrowed). `index` is for messages, and
+  // `attributes` the optimizer's.
+  PyObject* read(const FamilyOptions& options, const CarriedOptions& carried, PyObject* attributes,
+                 PyObject* dict, int index) {
     PyObject* params = nullptr;
     if (!is_as_before(dict, &params)) {
+      const bool may_carry = carries_ || !has_same_keys(dict);
       seen_.clear();  // reading may end half-way
+      carries_ = may_carry && carried.any(dict);
+      if (carries_) carried.check(py::handle(attributes), py::handle(dict), index);
       read_all(options, dict, index);
       params = remember(dict);
     }
@@ -117,6 +136,16 @@ class GroupOptions {
     return true;
   }
 
+  bool has_same_keys(PyObject* dict) const {
+    if (seen_.empty() || PyDict_GET_SIZE(dict) != Py_ssize_t(seen_.size())) return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const auto& seen : seen_) {
+      if (!PyDict_Next(dict, &position, &key, &value) || key != seen.first.ptr()) return false;
+    }
+    return true;
+  }
+
   // Keeps the objects alive, so that none can be replaced by another one at the same address; but
   // not the list of parameters, which the garbage collector must be able to free.
   PyObject* remember(PyObject* dict) {
@@ -141,6 +170,7 @@ class GroupOptions {
     group_.hyper[0] = NAN;
     for (size_t i = rate_device_ == kHost ? 0 : 1; i < options.hyper.size(); ++i) {
       group_.hyper[i] = number(dict, options.hyper[i], index);
+      check(dict, options.hyper, i, index);
     }
     int variant = 0;
     for (size_t i = 0; i < options.flags.size(); ++i) {
@@ -176,6 +206,28 @@ class GroupOptions {
     return value != nullptr && PyObject_IsTrue(value) == 1;
   }
 
+  // What no constructor takes and no step can use: a number that is nan, or of several numbers, all
+  // of which are decays, another count or one outside of [0, 1).
+  void check(PyObject* dict, const std::vector<Option>& options, size_t i, int group) const {
+    const Option& option = options[i];
+    const double value = group_.hyper[i];
+    const auto fail = [&](const std::string& wanted) {
+      PyObject* const found = PyDict_GetItemWithError(dict, option.key.ptr());
+      throw py::value_error("param group " + std::to_string(group) + ": " +
+                            py::str(option.key).cast<std::string>() + " must be " + wanted + ": " +
+                            py::repr(found).cast<std::string>());
+    };
+    if (option.element < 0) {
+      if (value != value) fail("a number");
+      return;
+    }
+    if (!(value >= 0 && value < 1)) fail("at least 0 and below 1");
+    Py_ssize_t wanted = 0;
+    for (const Option& other : options) wanted += other.key.is(option.key);
+    const Py_ssize_t n = PySequence_Size(PyDict_GetItemWithError(dict, option.key.ptr()));
+    if (n != wanted) fail(std::to_string(wanted) + " numbers");
+  }
+
   static double number(PyObject* dict, const Option& option, int group) {
     const auto text = [&] {
       return "param group " + std::to_string(group) + ": " +
@@ -199,6 +251,7 @@ class GroupOptions {
   }
 
   Group group_;
+  bool carries_ = false;  // any CarriedOptions
   const char* fallback_ = nullptr;
   bool capturable_ = false;
   int rate_device_ = kHost;

@@ -16,6 +16,23 @@ const base::FamilyEntry& find_family(const std::string& name) {
   throw py::value_error("no rule family \"" + name + "\"");
 }
 
+// Calls f(count) for the accumulators of an optimizer's state.
+template <class F>
+void each_window(PyObject* state, F&& f) {
+  Py_ssize_t position = 0;
+  PyObject *param, *entries;
+  while (PyDict_Next(state, &position, &param, &entries)) {
+    PyObject* count = PyDict_Check(entries) ? PyDict_GetItemString(entries, "grad_count") : nullptr;
+    if (int64_t* const data = count == nullptr ? nullptr : read_integer(count)) f(data);
+  }
+}
+
+void set_attribute(PyObject* attributes, const char* name, int64_t value) {
+  if (PyDict_SetItemString(attributes, name, py::int_(value).ptr()) != 0) {
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 py::dict family_states(const std::string& name) {
@@ -26,17 +43,30 @@ py::dict family_states(const std::string& name) {
   return squares;
 }
 
-void close_windows(PyObject* state) {
-  Py_ssize_t position = 0;
-  PyObject *param, *entries;
-  while (PyDict_Next(state, &position, &param, &entries)) {
-    PyObject* count = PyDict_Check(entries) ? PyDict_GetItemString(entries, "grad_count") : nullptr;
-    if (int64_t* const data = count == nullptr ? nullptr : read_integer(count)) *data = 0;
+py::list family_hypers(const std::string& name) {
+  const base::FamilyEntry& found = find_family(name);
+  py::list names;
+  for (const Option& option : FamilyOptions(*found.family, found.first_rule).hyper) {
+    if (!names.contains(option.key)) names.append(option.key);
   }
+  return names;
 }
 
-Stepper::Stepper(const std::string& family_name, py::object unshared, const TensorMemory& memory)
-    : unshared_(std::move(unshared)), memory_(memory) {
+void end_window(PyObject* attributes, int skips) {
+  PyObject* const state = PyDict_GetItemString(attributes, "state");
+  if (state != nullptr && PyDict_Check(state)) {
+    each_window(state, [](int64_t* count) { *count = 0; });
+  }
+  set_attribute(attributes, "_micro_batches", 0);
+  if (skips == 0) return;
+  PyObject* const before = PyDict_GetItemString(attributes, "_skipped_steps");
+  set_attribute(attributes, "_skipped_steps",
+                skips + (before == nullptr ? 0 : py::cast<int64_t>(py::handle(before))));
+}
+
+Stepper::Stepper(const std::string& family_name, CarriedOptions carried, py::object unshared,
+                 const TensorMemory& memory)
+    : unshared_(std::move(unshared)), carried_(std::move(carried)), memory_(memory) {
   const base::FamilyEntry& found = find_family(family_name);
   family_ = found.family;
   first_rule_ = found.first_rule;
@@ -70,7 +100,8 @@ void Stepper::forget() {
 py::object Stepper::gather(const py::dict& attributes, bool created, bool window, bool accumulate) {
   release();
   try {
-    PyObject* state = PyDict_GetItemString(attributes.ptr(), "state");
+    attributes_ = attributes.ptr();
+    PyObject* state = PyDict_GetItemString(attributes_, "state");
     PyObject* groups = PyDict_GetItemString(attributes.ptr(), "param_groups");
     if (state == nullptr || !PyDict_Check(state)) throw py::type_error("state is not a dict");
     if (groups == nullptr) throw py::type_error("there are no param_groups");
@@ -250,7 +281,8 @@ void Stepper::run(int threads, bool stream) {
     if (!devices().empty()) throw std::runtime_error("stream=True is for the CPU only");
     for (Group& group : groups_) group.rule = stream_rule(group.rule);
   }
-  if (window_) close_windows(state_);
+  wrote_ = true;
+  if (window_) end_window(attributes_, 0);
   bool counts_skips = true;
   for (Part& part : parts_) {
     if (!part.active) continue;
@@ -268,7 +300,7 @@ void Stepper::run(int threads, bool stream) {
   release();
 }
 
-int64_t Stepper::accumulate(int threads, int64_t count) {
+void Stepper::accumulate(int threads, int64_t count) {
   plan(1);
   load_devices();
   if (count == 1) {
@@ -278,6 +310,7 @@ int64_t Stepper::accumulate(int threads, int64_t count) {
     }
   }
   check_window();
+  wrote_ = true;
   for (Part& part : parts_) {
     if (part.active) part.device.accumulate();
   }
@@ -289,9 +322,14 @@ int64_t Stepper::accumulate(int threads, int64_t count) {
     *entries_[active.entry].extra->grad_count = count;
     drop_grad(active.param);
   }
-  const int64_t n = int64_t(active_.size());
+  // A micro-batch without gradients counts. Checkpoints know it by the accumulators of others.
+  if (active_.empty()) {
+    each_window(state_, [count](int64_t* c) {
+      if (*c > 0) *c = count;
+    });
+  }
+  set_attribute(attributes_, "_micro_batches", count);
   release();
-  return n;
 }
 
 void Stepper::check_window() const {
@@ -423,7 +461,8 @@ void Stepper::gather_group(int index, PyObject* dict) {
   }
   if (size_t(index) == options_.size()) options_.emplace_back();
   GroupOptions& options = options_[index];
-  const py::object params = as_sequence(options.read(*family_options_, dict, index));
+  const py::object params = 
+      as_sequence(options.read(*family_options_, carried_, attributes_, dict, index));
   param_lists_.push_back(params);  // keeps the parameters alive until the step is over
   groups_.push_back(options.group());
   if (groups_.back().l1 < 0) groups_.back().l1 = options_of_step_.l1;

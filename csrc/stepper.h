@@ -33,9 +33,13 @@ struct StepOptions {
 // A family's states, and whether they are squares, which in 8 bits have a format of their own.
 py::dict family_states(const std::string& name);
 
-// Makes all accumulators of an optimizer's state hold nothing, also those of parameters that have
-// left their group meanwhile.
-void close_windows(PyObject* state);
+// The numbers that a family's rules read from a group, by their keys.
+py::list family_hypers(const std::string& name);
+
+// Ends the window of micro-batches of an optimizer, of which this is the __dict__: its accumulators
+// hold nothing, also those of parameters that have left their group meanwhile. `skips`: how many
+// steps were skipped with that. One call, for Python may be interrupted between any two.
+void end_window(PyObject* attributes, int skips);
 
 // Reads an optimizer at every step. Of what it saw at the last one it trusts nothing that may have
 // changed since: parameters and gradients are looked at again. State is looked at again too,
@@ -46,7 +50,8 @@ class Stepper {
  public:
   // `unshared(tensor)` says whether a tensor is the only one on its memory, and has neither weak
   // references nor an exported storage.
-  Stepper(const std::string& family_name, py::object unshared, const TensorMemory& memory);
+  Stepper(const std::string& family_name, CarriedOptions carried, py::object unshared,
+          const TensorMemory& memory);
 
   Stepper(const Stepper&) = delete;
   Stepper& operator=(const Stepper&) = delete;
@@ -62,6 +67,7 @@ class Stepper {
           "step() or accumulate() was called while another one runs, or within it");
     }
     busy_ = true;
+    wrote_ = false;
   }
   void end() {
     for (Part& part : parts_) part.device.end();
@@ -80,6 +86,11 @@ class Stepper {
   // `accumulate`: accumulate() will follow and not run(), so of the state only the accumulated
   // gradients are needed.
   py::object gather(const py::dict& attributes, bool created, bool window, bool accumulate);
+
+  // Whether run() or accumulate() has begun to write since begin(). What Python has to remember of
+  // them they write into the optimizer's attributes themselves, so that a Ctrl-C, which Python sees
+  // right after the call, finds all of the step or nothing.
+  bool wrote() const { return wrote_; }
 
   // Whether any parameter has a gradient of its own, not only accumulated ones.
   bool has_grads() const { return has_grads_; }
@@ -119,8 +130,8 @@ class Stepper {
   void run(int threads, bool stream);
 
   // Adds the gradients that gather() found to the accumulated ones, which then come from `count`
-  // micro-batches, and sets them to None. Returns how many there were.
-  int64_t accumulate(int threads, int64_t count);
+  // micro-batches, and sets them to None.
+  void accumulate(int threads, int64_t count);
 
  private:
   // A parameter that takes part in this step.
@@ -302,6 +313,7 @@ class Stepper {
   int first_rule_ = 0;
   std::vector<PyObject*> state_names_;
   py::object unshared_;
+  CarriedOptions carried_;
   StepOptions options_of_step_;
 
   std::unique_ptr<FamilyOptions> family_options_;
@@ -331,7 +343,8 @@ class Stepper {
   std::vector<const Task*> tasks_;
   std::vector<int64_t> begin_;
   py::list missing_, fallback_;
-  PyObject* state_ = nullptr;
+  PyObject* attributes_ = nullptr;  // borrowed: the optimizer's __dict__,
+  PyObject* state_ = nullptr;       // and its state
   bool untouched_ = false;
   int64_t epoch_ = 0;  // counts the gathers that found the state touched
   bool created_ = false;
@@ -342,6 +355,7 @@ class Stepper {
   bool has_host_ = false;
   bool described_ = false;  // something may lie elsewhere than when overlaps were last looked for
   bool busy_ = false;
+  bool wrote_ = false;
 
   // Of the group and parameter being gathered.
   int32_t entry_ = -1;

@@ -38,14 +38,20 @@ REPORT_WORDS: dict[str, int]
 def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
+def family_hypers(family: str) -> list[str]:
+    """The keys of the numbers that a family's rules need in each parameter group."""
+
 BLOCK: int
 """The elements that share a scale in 8-bit state."""
 
 SOURCES: str
 """The digest of what the extension was built from (setup.py); empty when that did not build it."""
 
-def close_windows(state: dict[torch.Tensor, Any]) -> None:
-    """Makes all accumulators of an optimizer's state hold nothing."""
+def end_window(attributes: dict[str, Any], skips: int) -> None:
+    """Ends the window of micro-batches of the optimizer that has these attributes.
+
+    skips: what to add to its number of skipped steps. Nothing can come between.
+    """
 
 class NormType:
     none: NormType
@@ -102,17 +108,22 @@ class StepOptions:
     l1: float
 
 class Stepper:
-    """Takes the steps of one optimizer: begin(), gather(), measure(), run(), end()."""
+    """Takes the steps of one optimizer: in a `with` block gather(), measure(), run()."""
 
     def __init__(
         self,
         family: str,
+        carried: list[str],
+        check_carried: Callable[[dict[str, Any], dict[str, Any], int], None],
         unshared: Callable[[torch.Tensor], bool],
         allocate: Callable[[int, int], torch.Tensor],
         allocate_for: Callable[[int, int, int], torch.Tensor],
         record: Callable[[torch.Tensor, int], None],
     ) -> None:
-        """unshared(tensor): whether nothing else leads to the tensor's memory.
+        """carried: names of the options that a group may carry, when check_carried(attributes of
+        the optimizer, group, its index) does not raise. It is called when such a group has changed.
+
+        unshared(tensor): whether nothing else leads to the tensor's memory.
 
         allocate(bytes, device): device memory, zeros. allocate_for(bytes, device, stream): not
         cleared, for use on the stream with that handle. record(tensor, device): the device's
@@ -120,11 +131,17 @@ class Stepper:
         """
 
     def configure(self, options: StepOptions) -> None: ...
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         """RuntimeError when a step of this optimizer runs already."""
 
-    def end(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """Also after a step that has failed: it leaves no part of a norm on a device."""
+
+    def wrote(self) -> bool:
+        """Whether run() or accumulate() has begun to write in this `with` block.
+
+        What Python has to remember of them they have written, too: "_micro_batches".
+        """
 
     def forget(self) -> None:
         """Lets go of the state's tensors; they are looked for again at the next step."""
@@ -187,5 +204,5 @@ class Stepper:
     def run(self, threads: int, stream: bool) -> None:
         """Carries out what gather() found, without the GIL."""
 
-    def accumulate(self, threads: int, count: int) -> int:
-        """Moves the gradients into grad_sum, now of count micro-batches; returns how many."""
+    def accumulate(self, threads: int, count: int) -> None:
+        """Moves the gradients into grad_sum, which is of count micro-batches then."""

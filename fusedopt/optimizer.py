@@ -8,8 +8,10 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any, ClassVar, overload
 
 import torch
@@ -17,8 +19,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedopt import device
+from fusedopt.arguments import shown
 from fusedopt.extension import kernels
-from fusedopt.options import ARGUMENTS, OPTIONS, Option, StepOptions, with_options
+from fusedopt.options import (
+    ARGUMENTS,
+    CARRIED,
+    OPTIONS,
+    RECORD,
+    Option,
+    StepOptions,
+    carried_by,
+    check_carried,
+    with_options,
+)
 from fusedopt.profiling import phase
 from fusedopt.state import (
     HALF,
@@ -26,6 +39,8 @@ from fusedopt.state import (
     ON_CPU,
     adopt,
     blocks_of,
+    check,
+    counter,
     encode,
     export,
     hidden_part,
@@ -38,8 +53,8 @@ from fusedopt.state import (
 # (group, index within the group, what) of one parameter.
 _Missing = list[tuple[int, int, list[str]]]
 _Fallback = list[tuple[int, int, str]]
-# (group, index within the group, the state that was there before) of one parameter.
-_Created = list[tuple[int, int, dict[str, Any]]]
+# (parameter, the state that was there before).
+_Created = list[tuple[Tensor, dict[str, Any]]]
 
 
 def _references(tensor: Tensor) -> tuple[int, int, int] | None:
@@ -59,13 +74,37 @@ def _unshared(tensor: Tensor) -> bool:
     return _NO_OTHER_REFERENCES is not None and _references(tensor) == _NO_OTHER_REFERENCES
 
 
+def _is_of_torch(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in ("torch", "fusedopt")
+
+
+def _remember(
+    loaded: dict[str, Any], optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]
+) -> None:
+    """Look at a checkpoint before torch takes it over, and keep it for after that."""
+    assert isinstance(optimizer, FusedOptimizer)
+    for index, group in enumerate(checkpoint["param_groups"]):
+        missing = [n for n in kernels.family_hypers(optimizer._family) if n not in group]
+        if missing:
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint has no {', '.join(missing)}, which "
+                f"{type(optimizer).__name__} needs; it has {', '.join(map(str, group))}"
+            )
+        for i in group["params"]:
+            state = checkpoint["state"].get(i, {})
+            if not isinstance(state, dict):
+                raise ValueError(f"state[{i!r}] of the checkpoint is not a dict: {shown(state)}")
+    loaded.update(checkpoint)
+
+
 class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     """The fused step, to be mixed into a stock optimizer class before that class.
 
     A subclass names its rule family (``csrc/rules.h``) and the stock class it replaces. Beside
-    that class's arguments, the constructor takes these, by keyword. They stay attributes, may be
-    changed between steps, and are not part of ``state_dict``. ``docs/pipeline.md`` has the order
-    of operations, the bytes moved, and recipes.
+    that class's arguments, the constructor takes these, by keyword. They stay attributes and may be
+    changed between steps; a checkpoint has them, too. ``docs/pipeline.md`` has the order of
+    operations, the bytes moved, and recipes.
 
     Args:
         max_grad_norm: Clip the norm of all gradients of all groups to this, inside the step, as
@@ -105,8 +144,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        Option.set_all(self, {name: options.pop(name) for name in ARGUMENTS if name in options})
+        given = {name: options.pop(name) for name in ARGUMENTS if name in options}
+        Option.set_all(self, given)
         super().__init__(*args, **options)
+        free = CARRIED - given.keys()
+        carried_by([{n: group[n] for n in free & group.keys()} for group in self.param_groups])
         self._recreate_early_state()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -120,10 +162,19 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         cls.__signature__ = signature  # type: ignore[attr-defined] # for inspect and help()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as stock; ValueError when an option of the step does not fit it."""
+        """Add a group, as stock; ValueError when an option of the step does not fit it.
+
+        A group may carry options of the step, as wrappers of optimizers have it; but these are one
+        for all groups.
+        """
         super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
         try:
-            self._check_group(self.param_groups[-1])
+            if index == 0:  # what the first of them carries counts, unless it has been set
+                carried = carried_by(self.param_groups)
+                unset = carried.keys() - self.__dict__.keys()
+                Option.set_all(self, {name: carried[name] for name in unset})
+            self._check_group(self.param_groups[index], index)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -200,58 +251,60 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         unseen = window and scale is not None
         policy = "skip" if unseen and self.nonfinite == "propagate" else self.nonfinite
 
-        stepper.begin()
         created: _Created = []
-        try:
-            with phase("fusedopt: look"):
-                report = stepper.gather(self.__dict__, False, window, False)
-                fallback = self._create_missing(stepper, created, *report) if report else []
-            if fallback or stepper.has_host() or policy == "raise":
-                # What happens on the CPU needs the scaler's tensors at once, wherever they are.
-                if found_inf is not None and float(found_inf):
-                    self._roll_back(created)
-                    self._skip()
-                    self._grad_norm = math.nan
-                    return
-                scale, found_inf = None if scale is None else float(scale), None
-            known_scale = scale if isinstance(scale, float) else 1.0
-            if fallback:
-                with phase("fusedopt: leave to torch"):
-                    self._leave_to_torch(fallback, created, known_scale)
+        idle = self._idle_averages
+        with stepper:
+            try:
+                if idle:  # the averages would lag behind from now on
+                    self._drop_averages(created)
+                    self._idle_averages = False
+                with phase("fusedopt: look"):
+                    report = stepper.gather(self.__dict__, False, window, False)
+                    fallback = self._create_missing(stepper, created, *report) if report else []
+                if fallback or stepper.has_host() or policy == "raise":
+                    # What happens on the CPU needs the scaler's tensors at once, wherever they are.
+                    if found_inf is not None and float(found_inf):
+                        self._roll_back(created, idle)
+                        self._skip()
+                        self._grad_norm = math.nan
+                        return
+                    scale, found_inf = None if scale is None else float(scale), None
+                known_scale = scale if isinstance(scale, float) else 1.0
+                if fallback:
+                    with phase("fusedopt: leave to torch"):
+                        self._leave_to_torch(fallback, created, known_scale)
 
-            divisor = self.grad_divisor
-            if divisor is None:
-                divisor = self._micro_batches + stepper.has_grads() if window else 1.0
-            devices = stepper.devices()
-            factors = device.spread(scale, devices), device.spread(found_inf, devices)
-            stepper.prepare(known_scale * divisor, *factors, policy != "propagate")
-            self._grad_norm = math.nan
-            if self.max_grad_norm is not None or policy != "propagate":
-                with phase("fusedopt: norm"):
-                    bad = self._measure(stepper, threads, policy)
-                if bad >= 0 and policy != "propagate":
-                    self._roll_back(created)
-                    self._skip()
-                    if policy == "raise":
-                        raise RuntimeError(
-                            f"{stepper.name_of(bad)}: its gradient holds nan or inf; nothing was "
-                            "updated"
-                        )
-                    return
-            # Autograd must know what changes. Told now, while gather() has the tensors in the
-            # processor's cache.
-            with phase("fusedopt: update"):
-                increment_version(stepper.updated())
-                stepper.run(threads, stream)
-            self._micro_batches = 0
-            if self._idle_averages:  # they lag behind from now on
-                self._drop_averages()
-                self._idle_averages = False
-        except BaseException:
-            self._roll_back(created)
-            raise
-        finally:
-            stepper.end()
+                divisor = self.grad_divisor
+                if divisor is None:
+                    divisor = self._micro_batches + stepper.has_grads() if window else 1.0
+                devices = stepper.devices()
+                factors = device.spread(scale, devices), device.spread(found_inf, devices)
+                stepper.prepare(known_scale * divisor, *factors, policy != "propagate")
+                self._grad_norm = math.nan
+                if self.max_grad_norm is not None or policy != "propagate":
+                    with phase("fusedopt: norm"):
+                        bad = self._measure(stepper, threads, policy)
+                    if bad >= 0 and policy != "propagate":
+                        self._roll_back(created, idle)
+                        self._skip()
+                        if policy == "raise":
+                            raise RuntimeError(
+                                f"{stepper.name_of(bad)}: its gradient holds nan or inf; nothing "
+                                "was updated"
+                            )
+                        return
+                # Autograd must know what changes. Told now, while gather() has the tensors in the
+                # processor's cache.
+                with phase("fusedopt: update"):
+                    increment_version(stepper.updated())
+                    # Ctrl-C may be met at any line, and behind this one all has happened.
+                    stepper.run(threads, stream)
+            except BaseException:
+                if not stepper.wrote():
+                    self._roll_back(created, idle)
+                raise
+        if window:
+            self._warn_of_lost_clipping()
 
     def _measure(self, stepper: kernels.Stepper, threads: int, policy: str) -> int:
         """Measure the norm, by which the step will clip.
@@ -289,7 +342,13 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
             stepper = self._stepper = kernels.Stepper(
-                self._family, _unshared, device.allocate, device.allocate_for, device.record
+                self._family,
+                sorted(CARRIED),
+                check_carried,
+                _unshared,
+                device.allocate,
+                device.allocate_for,
+                device.record,
             )
             self._configured = False
         if not self._configured:
@@ -310,12 +369,26 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 self._adopt_state()
             if "ema_decay" in names:
                 if self.ema_decay is None:
-                    self._drop_averages()
+                    dropped: _Created = []
+                    try:
+                        self._drop_averages(dropped)
+                    except BaseException:
+                        self._roll_back(dropped)
+                        raise
                 self._idle_averages = False
 
-    def _drop_averages(self) -> None:
-        for state in self.state.values():
-            state.pop("ema", None)
+    def _drop_averages(self, dropped: _Created) -> None:
+        """Drop the averages; adds to ``dropped`` what there was before."""
+        for param, state in self._states():
+            if "ema" in state:
+                dropped.append((param, dict(state)))
+                del state["ema"]
+
+    def _states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """All parameters' state; not what someone has put there beside."""
+        for param, state in self.state.items():
+            if isinstance(param, Tensor) and isinstance(state, dict):
+                yield param, state
 
     def _scaler(self) -> tuple[float | Tensor | None, Tensor | None]:
         """What a gradient scaler says: the factor that the loss had, and whether to skip the step.
@@ -338,8 +411,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         return scale, found_inf if device.on_device(found_inf) else None
 
     def _skip(self) -> None:
-        self._skipped_steps += 1
-        self._drop_window()
+        kernels.end_window(self.__dict__, 1)
 
     # Accumulation ---------------------------------------------------------------------------
 
@@ -360,36 +432,49 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 take (sparse, on another device). Nothing has been changed.
         """
         stepper = self._ready_stepper()
-        stepper.begin()
         created: _Created = []
-        try:
-            with phase("fusedopt: accumulate"):
-                report = stepper.gather(self.__dict__, False, True, True)
-                while report is not None:
-                    missing, fallback = report
-                    self._refuse(fallback, "accumulate()")
-                    self._create_state(missing, created)
-                    report = stepper.gather(self.__dict__, True, True, True)
-                count = self._micro_batches + 1
-                if not stepper.accumulate(torch.get_num_threads(), count):
-                    for state in self._window_states():
-                        state["grad_count"].fill_(count)
-            self._micro_batches = count
-        except BaseException:
-            self._roll_back(created)
-            raise
-        finally:
-            stepper.end()
-
-    def _window_states(self) -> list[dict[str, Any]]:
-        """The states of the parameters that have accumulated gradients."""
-        states = self.__dict__["state"].values()
-        return [s for s in states if "grad_count" in s and s["grad_count"].item() > 0]
+        with stepper:
+            try:
+                with phase("fusedopt: accumulate"):
+                    report = stepper.gather(self.__dict__, False, True, True)
+                    while report is not None:
+                        missing, fallback = report
+                        self._refuse(fallback, "accumulate()")
+                        self._create_state(missing, created)
+                        report = stepper.gather(self.__dict__, True, True, True)
+                    stepper.accumulate(torch.get_num_threads(), self._micro_batches + 1)
+            except BaseException:
+                if not stepper.wrote():
+                    self._roll_back(created)
+                raise
 
     def _drop_window(self) -> None:
         if self._micro_batches:
-            kernels.close_windows(self.__dict__["state"])
-            self._micro_batches = 0
+            kernels.end_window(self.__dict__, 0)
+
+    def _warn_of_lost_clipping(self) -> None:
+        """Warn, once, when the caller seems to clip gradients that accumulate() has moved away."""
+        if self.__dict__.get("_looked_for_clipping"):
+            return
+        self._looked_for_clipping = True
+        if self.max_grad_norm is not None or self.max_grad_value is not None:
+            return
+        frame = inspect.currentframe()
+        while frame is not None:
+            # Nobody hears of the call itself: it finds no gradient, and returns 0.
+            for name in ("clip_grad_norm_", "clip_grad_value_"):
+                if name in frame.f_code.co_names and not _is_of_torch(frame):
+                    option = name.removeprefix("clip_grad_").removesuffix("_")
+                    warnings.warn_explicit(
+                        f"{name}() finds no gradients that accumulate() has moved away, so this "
+                        f"training may be unclipped: give the optimizer max_grad_{option}=... in "
+                        "its place, which clips the mean over the window.",
+                        UserWarning,
+                        frame.f_code.co_filename,
+                        frame.f_lineno,
+                    )
+                    return
+            frame = frame.f_back
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, as stock; also those that :meth:`accumulate` has added up."""
@@ -490,18 +575,15 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if used:
             self._refuse(fallback, used[0])
         # torch creates its own.
-        places = {(group, index) for group, index, _ in fallback}
-        aside = [c for c in created if (c[0], c[1]) in places]
-        self._roll_back(aside)
-        created[:] = [c for c in created if (c[0], c[1]) not in places]
+        theirs = {id(self.param_groups[group]["params"][index]) for group, index, _ in fallback}
+        self._roll_back([c for c in created if id(c[0]) in theirs])
+        created[:] = [c for c in created if id(c[0]) not in theirs]
         self._torch_step(fallback, scale)
 
     def _refuse(self, fallback: _Fallback, what: str) -> None:
         for group, index, reason in fallback:
-            name = self.param_groups[group].get("param_names", {index: None})[index]
             raise RuntimeError(
-                f"parameter {index} of group {group}{f' ({name})' if name else ''}: {reason}; "
-                f"{what} does not work with that"
+                f"{self._name_of(group, index)}: {reason}; {what} does not work with that"
             )
 
     @torch.inference_mode(False)  # where the step is taken does not matter to the next one
@@ -517,10 +599,10 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             entries: dict[str, Any] = {}
             for name in names:
                 entries.update(self._new_entries(param, group, before, name))
-            new.append((group_index, index, param, before, entries))
+            new.append((param, before, entries))
         # All tensors before the first entry: when memory runs out, nothing has changed.
-        for group_index, index, param, before, entries in new:
-            created.append((group_index, index, before))
+        for param, before, entries in new:
+            created.append((param, before))
             self.state[param].update(entries)
             for name in HIDDEN:
                 if name not in entries and not entries.keys().isdisjoint(HIDDEN):
@@ -531,8 +613,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """A new entry of a parameter's state, with what it needs beside it."""
         if name == "step":
-            if isinstance(state.get(name), Tensor):  # on another device
-                return {name: state[name].to(param.device)}
+            if isinstance(state.get(name), Tensor):  # on another device, or in another dtype
+                return {name: counter(state[name], param.device)}
             # A stock optimizer that does not count has left momentum: that was one step or more.
             names = kernels.family_states(self._family)
             counted = any(state.get(name) is not None for name in names)
@@ -590,27 +672,49 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             return torch.float32
         return None
 
-    def _adopt_state(self) -> None:
-        """Bring all state into the form that the options ask for."""
-        squares = kernels.family_states(self._family)
-        state = self.state
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in state and device.has_kernels(param):
-                    wanted = self.weight_precision if param.dtype in HALF else None
-                    hidden = wanted if wanted in HIDDEN else None
-                    adopt(param, state[param], squares, self._rule_dtype(param), hidden)
+    def _adopt_state(self) -> dict[str, int]:
+        """Bring all state into the form that the options ask for.
 
-    def _roll_back(self, created: _Created) -> None:
-        """Undo :meth:`_create_state`."""
-        for group, index, before in created:
-            param = self.param_groups[group]["params"][index]
+        Returns the entries that were dropped for it, and of how many parameters.
+
+        Raises:
+            ValueError: What there is cannot be this optimizer's state; nothing has changed.
+        """
+        squares = kernels.family_states(self._family)
+        found = [
+            (param, self.state[param], group_index, index)
+            for group_index, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+            if param in self.state and device.has_kernels(param)
+        ]
+        for param, state, *place in found:
+            try:
+                check(param, state, squares)
+            except ValueError as error:
+                raise ValueError(f"{self._name_of(*place)}: {error}") from None
+        dropped: dict[str, int] = {}
+        for param, state, *_ in found:
+            wanted = self.weight_precision if param.dtype in HALF else None
+            hidden = wanted if wanted in HIDDEN else None
+            for name in adopt(param, state, squares, self._rule_dtype(param), hidden):
+                dropped[name] = dropped.get(name, 0) + 1
+        return dropped
+
+    def _name_of(self, group: int, index: int) -> str:
+        """Names a parameter, for messages."""
+        name = self.param_groups[group].get("param_names", {index: None})[index]
+        return f"parameter {index} of group {group}{f' ({name})' if name else ''}"
+
+    def _roll_back(self, created: _Created, idle_averages: bool = False) -> None:
+        """Undo :meth:`_create_state` and :meth:`_drop_averages`."""
+        for param, before in reversed(created):
             state = self.state[param]
             state.clear()
             state.update(before)
             if not state:
                 del self.state[param]
         created.clear()
+        self._idle_averages = self._idle_averages or idle_averages
 
     @staticmethod
     def _step_dtype(group: dict[str, Any]) -> torch.dtype:
@@ -638,18 +742,21 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         while getattr(step, "hooked", False):  # the hooks run once, around our own step
             step = step.__wrapped__  # type: ignore[attr-defined]
         attributes: dict[str, Any] = self.__dict__
-        names = ("param_groups", "grad_scale", "found_inf")
-        saved = {name: attributes.pop(name) for name in names if name in attributes}
-        self.param_groups = []
-        for i, group in enumerate(saved["param_groups"]):
+        groups: list[dict[str, Any]] = []
+        for i, each in enumerate(self.param_groups):
             params = chosen.get(i, [])
             # Neither torch's fused nor its foreach step takes all that is odd where there are
             # kernels, such as parameters that share memory. Elsewhere it is what was asked for.
             odd = any(device.has_kernels(p) for p in params)
-            slow = dict.fromkeys({"fused", "foreach"} & group.keys(), False) if odd else {}
-            self.param_groups.append({**group, "params": params, **slow})
+            slow = dict.fromkeys({"fused", "foreach"} & each.keys(), False) if odd else {}
+            groups.append({**each, "params": params, **slow})
         versions = {p: p._version for ps in chosen.values() for p in ps if p not in self.state}
+        names = ("param_groups", "grad_scale", "found_inf")
+        saved: dict[str, Any] = {n: attributes[n] for n in names if n in attributes}
         try:
+            for name in saved:
+                del attributes[name]
+            self.param_groups = groups
             step(self)
         except BaseException:
             for param, version in versions.items():  # of the untouched, no state remains
@@ -673,14 +780,22 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     # Checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As stock's, and for stock to load: states in 8 bits are given in bfloat16, exactly."""
+        """As stock's, and for stock to load: states in 8 bits are given in bfloat16, exactly.
+
+        The options in use are under the key ``"fusedopt"``.
+        """
         squares = kernels.family_states(self._family)
 
         def export_all(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
             final["state"] = {
-                i: export(state, squares) if isinstance(state, dict) else state
+                i: export(state, squares)
+                if isinstance(i, int) and isinstance(state, dict)
+                else state
                 for i, state in final["state"].items()
             }
+            options = self._in_use()
+            if options:
+                final[RECORD] = options
 
         hook = self.register_state_dict_post_hook(export_all, prepend=True)
         try:
@@ -689,57 +804,92 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this or of the stock optimizer.
+        """Load a checkpoint of this or of the stock optimizer, all of it or nothing.
 
         As stock, except that state saved in a wider dtype than the parameter's keeps it, where
-        stock casts it (pytorch issue 43706), unless ``state_dtype`` asks for another one. With a
-        ``weight_precision`` other than the checkpoint's, the hidden part of the weights is made
-        from the one that was saved; without any, from the weights.
+        stock casts it (pytorch issue 43706), unless ``state_dtype`` asks for another one.
+
+        The options of the step become the checkpoint's, but for those that the constructor was
+        given or that have been set since: these count. With a ``weight_precision`` other than the
+        checkpoint's, the hidden part of the weights is made from the one that was saved; without
+        any, from the weights. What the options leave no use for is dropped, with a warning that
+        names it.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: The parameter groups do not match.
+            ValueError: The parameter groups do not match; state does not fit its parameter; the
+                options do not fit the groups; or it is of another kind of optimizer. Nothing has
+                changed.
         """
         if self.__dict__.get("_swapped"):
             raise RuntimeError("no load_state_dict() within swap_ema()")
         loaded: dict[str, Any] = {}
-
-        def remember(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-            loaded.update(final)  # registered last: sees what the user's hooks made of it
-
-        def restore_dtypes(_: torch.optim.Optimizer) -> None:
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            params = [param for group in self.param_groups for param in group["params"]]
-            for i, param in zip(ids, params, strict=True):
-                for name, value in loaded["state"].get(i, {}).items():
-                    if name != "step" and isinstance(value, Tensor):
-                        place = "cpu" if name in ON_CPU else param.device
-                        self.state[param][name] = value.to(place)
-            self._check_options()
-            self._adopt_state()
-            self._idle_averages = self.ema_decay is None and any(
-                "ema" in state for state in self.state.values() if isinstance(state, dict)
-            )
-            counts = [int(state["grad_count"]) for state in self._window_states()]
-            self._micro_batches = max(counts, default=0)
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(remember),
-            self.register_load_state_dict_post_hook(restore_dtypes, prepend=True),
-        ]
+        losses: list[str] = []
+        before = dict(self.__dict__)
+        hooks: list[Any] = []
         try:
+            # The last to see what the user's hooks made of it, and the first after torch.
+            hooks.append(self.register_load_state_dict_pre_hook(partial(_remember, loaded)))
+            finish = partial(type(self)._finish_load, loaded=loaded, losses=losses)
+            hooks.append(self.register_load_state_dict_post_hook(finish, prepend=True))
             super().load_state_dict(state_dict)
+            for loss in losses:
+                warnings.warn(loss, stacklevel=2)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            self._forget_state()
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _finish_load(self, loaded: dict[str, Any], losses: list[str]) -> None:
+        """Make ours of groups and state that torch has taken over; adds to ``losses`` a text."""
+        ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            for name, value in loaded["state"].get(i, {}).items():
+                if name != "step" and isinstance(value, Tensor):
+                    place = "cpu" if name in ON_CPU else param.device
+                    self.state[param][name] = value.to(place)
+        unknown = self._load_options(self._options_in(loaded))
+        self._configured = False
+        dropped = self._adopt_state()
+        averages = sum("ema" in state for _, state in self._states())
+        self._idle_averages = self.ema_decay is None and averages > 0
+        if self._idle_averages:
+            dropped["ema"] = averages
+        counts = [int(s["grad_count"]) for _, s in self._states() if "grad_count" in s]
+        self._micro_batches = max(counts, default=0)
+        if dropped or unknown:
+            entries = [f"state[{name!r}] of {n} parameter(s)" for name, n in dropped.items()]
+            options = [f"{n}={getattr(self, n)!r}" for n in ("weight_precision", "ema_decay")]
+            losses.append(
+                f"The checkpoint has {', '.join(entries + unknown)}, which this optimizer with "
+                f"{' and '.join(options)} has no use for and drops (an average at its next step)."
+            )
+
+    def _options_in(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """The options of the step that a checkpoint was written with."""
+        recorded = loaded.get(RECORD, {})
+        if not isinstance(recorded, Mapping):
+            raise ValueError(f"the checkpoint's {RECORD!r} is not a dict: {shown(recorded)}")
+        options = carried_by(loaded["param_groups"], "the checkpoint's ")
+        # What has copied state and groups alone has left the hidden parts of the weights.
+        states = [state for state in loaded["state"].values() if isinstance(state, dict)]
+        for name in HIDDEN:
+            if any(name in state for state in states):
+                options.setdefault("weight_precision", name)
+        return {**options, **recorded}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: also the options and what the last steps told."""
         if self.__dict__.get("_swapped"):
             raise RuntimeError("no copies of the optimizer within swap_ema()")
-        own = [*OPTIONS, "_micro_batches"]
+        own = [*OPTIONS, "_from_checkpoint", "_idle_averages", "_micro_batches"]
         kept = {name: self.__dict__[name] for name in own if name in self.__dict__}
         told = {"_grad_norm": float(self.grad_norm), "_skipped_steps": int(self.skipped_steps)}
         return {**super().__getstate__(), **kept, **told}

@@ -1,14 +1,16 @@
 """The options of a step that torch's optimizers do not have.
 
 They belong to the optimizer, not to its parameter groups: plain attributes that may be changed
-between steps and that ``state_dict`` leaves out. What each does is in ``docs/pipeline.md``.
+between steps. ``state_dict`` records those in use under the key ``RECORD``, which stock ignores.
+Groups may carry them, as wrappers of optimizers want it, when all groups agree. What each does is
+in ``docs/pipeline.md``.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from fusedopt.arguments import (
     one_of,
     optional,
     positive,
+    shown,
 )
 from fusedopt.device import on_device
 from fusedopt.extension import kernels
@@ -30,6 +33,9 @@ NORM_TYPES = {2.0: kernels.NormType.two, math.inf: kernels.NormType.infinity}
 WEIGHT_PRECISIONS = kernels.WeightPrecision.__members__
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.uint8)
 NONFINITE = ("propagate", "skip", "raise")
+
+# Where a checkpoint has the options.
+RECORD = "fusedopt"
 
 
 def _norm_type(name: str, value: Any) -> float:
@@ -59,16 +65,26 @@ class Option:
     def set_all(instance: StepOptions, values: dict[str, Any]) -> None:
         """Set some options, or none of them when they are wrong by themselves or together."""
         checked = {name: getattr(type(instance), name).check(name, v) for name, v in values.items()}
-        before = {n: instance.__dict__[n] for n in checked if n in instance.__dict__}
+        own = instance.__dict__
+        before = {n: own[n] for n in (*checked, "_from_checkpoint") if n in own}
+        carried = [
+            (group, name, group[name])
+            for group in own.get("param_groups", [])
+            for name in CARRIED & checked.keys() & group.keys()
+        ]
         changed = {name for name, value in checked.items() if value != getattr(instance, name)}
-        instance.__dict__.update(checked)
         try:
+            own.update(checked, _from_checkpoint=instance._from_checkpoint - checked.keys())
+            for group, name, _ in carried:
+                group[name] = checked[name]
             instance._check_options()
             instance._options_changed(changed)
         except BaseException:
-            for name in checked:
-                instance.__dict__.pop(name)
-            instance.__dict__.update(before)
+            for name in (*checked, "_from_checkpoint"):
+                own.pop(name, None)
+            own.update(before)
+            for group, name, value in carried:
+                group[name] = value
             raise
 
 
@@ -86,6 +102,9 @@ class StepOptions:
     l1 = Option(0.0, not_negative)
     grad_divisor = Option(None, optional(finite_positive))
 
+    # Those that nobody has set: a checkpoint has.
+    _from_checkpoint: frozenset[str] = frozenset()
+
     def _check_options(self) -> None:
         if self.max_grad_norm is not None and self.max_grad_value is not None:
             raise ValueError(
@@ -94,19 +113,21 @@ class StepOptions:
             )
         if self.ema_warmup and self.ema_decay is None:
             raise ValueError("ema_warmup=True needs an ema_decay; it is None")
-        for group in getattr(self, "param_groups", []):
-            self._check_group(group)
+        for index, group in enumerate(getattr(self, "param_groups", [])):
+            self._check_group(group, index)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
         """ValueError when the options do not fit a parameter group."""
         used = self._used()
         if used and group.get("differentiable"):
             raise ValueError(f"{used[0]} does not work with differentiable=True")
         if used and group.get("capturable") and not all(map(on_device, group["params"])):
             raise ValueError(f"{used[0]} does not work with capturable=True, except on CUDA")
-        for name in OPTIONS:
-            if name in group and name != "l1":
-                raise ValueError(f"{name} is an option of the optimizer, not of a parameter group")
+        check_carried(self.__dict__, group, index)
+        if "betas" in group:  # stock looks at the first two, and fails in the step
+            betas = group["betas"]
+            if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+                raise ValueError(f"betas must be two numbers: {shown(betas)}")
         if group.get("amsgrad") and self.state_dtype == torch.uint8:
             raise ValueError(
                 "state_dtype=torch.uint8 does not work with amsgrad=True: the largest of averages "
@@ -143,13 +164,48 @@ class StepOptions:
         """Whether a step has to look at all gradients before it updates."""
         return self.max_grad_norm is not None or self.nonfinite != "propagate"
 
+    def _in_use(self) -> dict[str, Any]:
+        """The options that are not what stock torch does."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in values.items() if value != OPTIONS[name].default}
+
     def _used(self) -> list[str]:
-        """The options in use that stock torch does not have, as text."""
-        return [
-            f"{name}={getattr(self, name)!r}"
-            for name, option in OPTIONS.items()
-            if getattr(self, name) != option.default
-        ]
+        """The same as text."""
+        return [f"{name}={value!r}" for name, value in self._in_use().items()]
+
+    def _load_options(self, recorded: dict[str, Any]) -> list[str]:
+        """Take over a checkpoint's options, but for those that have been set here.
+
+        Returns those that nobody here knows, as text.
+        """
+        own = self.__dict__
+        loaded_before = self._from_checkpoint
+        explicit = OPTIONS.keys() & own.keys() - loaded_before
+        taken: dict[str, Any] = {}
+        unknown = recorded.keys() - OPTIONS.keys()
+        for name in recorded.keys() - unknown:
+            if name in explicit:
+                continue
+            if name in _EXCLUDED_BY:
+                other, excludes = _EXCLUDED_BY[name]
+                if other in explicit and excludes(own[other]):
+                    continue
+            try:
+                taken[name] = OPTIONS[name].check(name, recorded[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"the checkpoint's options of the step: {error}") from None
+        for name in loaded_before:
+            own.pop(name)
+        own.update(taken, _from_checkpoint=frozenset(taken))
+        for group in own["param_groups"]:
+            group.update({name: getattr(self, name) for name in CARRIED & group.keys()})
+        try:
+            self._check_options()
+        except ValueError as error:
+            came = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            hint = f" ({came} came with the checkpoint; what the constructor is given counts)"
+            raise ValueError(f"{error}{hint if taken else ''}") from None
+        return [f"the option {name}={recorded[name]!r}" for name in sorted(unknown)]
 
     def _options_changed(self, names: set[str]) -> None:
         raise NotImplementedError
@@ -171,7 +227,51 @@ class StepOptions:
         return options
 
 
+def check_carried(attributes: dict[str, Any], group: dict[str, Any], index: int) -> None:
+    """ValueError when an option that a group carries is not the optimizer's.
+
+    Args:
+        attributes: The optimizer's ``__dict__``.
+        group: Its parameter group,
+        index: and which it is.
+    """
+    for name in CARRIED & group.keys():
+        value = attributes.get(name, OPTIONS[name].default)
+        if group[name] != value:
+            raise ValueError(
+                f"param group {index} has {name}={group[name]!r}, the optimizer {value!r}: "
+                f"{_ONE_FOR_ALL}; set it on the optimizer"
+            )
+
+
+def carried_by(groups: Sequence[dict[str, Any]], whose: str = "") -> dict[str, Any]:
+    """The options that parameter groups carry. ValueError unless all of them agree."""
+    carried = {name: value for group in groups for name, value in group.items() if name in CARRIED}
+    for index, group in enumerate(groups):
+        for name, value in carried.items():
+            if name not in group or group[name] != value:
+                raise ValueError(
+                    f"{whose}param group {index} has "
+                    + (f"{name}={group[name]!r}" if name in group else f"no {name}")
+                    + f", another {name}={value!r}: {_ONE_FOR_ALL}"
+                )
+    return carried
+
+
+_ONE_FOR_ALL = "an option of the step is one for all groups"
+
+# What an option that has been set makes of one in a checkpoint that does not go with it: nothing.
+_EXCLUDED_BY: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_grad_norm": ("max_grad_value", lambda value: value is not None),
+    "max_grad_value": ("max_grad_norm", lambda value: value is not None),
+    "ema_warmup": ("ema_decay", lambda value: value is None),
+}
+
+
 OPTIONS = {name: value for name, value in vars(StepOptions).items() if isinstance(value, Option)}
+
+# l1 may differ between groups.
+CARRIED = OPTIONS.keys() - {"l1"}
 
 # grad_divisor is set from step to step, if at all, and is no argument.
 ARGUMENTS = [name for name in OPTIONS if name != "grad_divisor"]

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.arguments import shown
 from fusedopt.extension import kernels
 
 HIDDEN = ("master", "remainder", "kahan")
@@ -68,6 +69,47 @@ def _check_shape(param: Tensor, value: Tensor, name: str) -> None:
             f"state[{name!r}] has the shape {tuple(value.shape)}, "
             f"its parameter {tuple(param.shape)}"
         )
+
+
+def counter(step: Tensor, device: torch.device) -> Tensor:
+    """A counter as the kernels keep it, from one of any dtype."""
+    if step.dtype not in (torch.float32, torch.float64):
+        if step.is_complex() or step.numel() != 1:
+            raise ValueError(f"state['step'] is not a number: {step!r}")
+        step = step.to(torch.float32)
+    return step.to(device)
+
+
+def check(param: Tensor, state: dict[str, Any], squares: dict[str, bool]) -> None:
+    """ValueError when a loaded state cannot be that of a parameter.
+
+    Args:
+        param: The parameter.
+        state: Its state.
+        squares: The rule's states, and whether they are squares.
+    """
+    for name in (*squares, *HIDDEN, "ema", "grad_sum"):
+        value = state.get(name)
+        if value is None:  # as stock's SGD leaves it
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(f"state[{name!r}] is not a dense tensor: {shown(value)}")
+        _check_shape(param, value, name)
+        if name not in ("remainder", "kahan") and value.is_complex() != param.is_complex():
+            raise ValueError(f"state[{name!r}] and its parameter are not both complex")
+    for name in squares:
+        value, scale = state.get(name), state.get(f"{name}_scale")
+        if value is None or value.dtype != torch.uint8:
+            continue
+        if not isinstance(scale, Tensor) or scale.numel() != blocks_of(param):
+            raise ValueError(
+                f"state['{name}_scale'] must be a tensor with an element for each {kernels.BLOCK} "
+                f"of state[{name!r}]: {shown(scale)}"
+            )
+    for name in ("step", *ON_CPU):
+        value = state.get(name)
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+            raise ValueError(f"state[{name!r}] is not a number: {shown(value)}")
 
 
 @torch.no_grad()
@@ -167,7 +209,7 @@ def adopt(
     squares: dict[str, bool],
     dtype: torch.dtype | None,
     hidden: str | None,
-) -> None:
+) -> list[str]:
     """Bring a loaded state into the form that an optimizer keeps, in place.
 
     Args:
@@ -179,7 +221,11 @@ def adopt(
         hidden: The hidden part that the weight shall have, or None. When the state has another
             one instead, that one stays: the next step, when also the weight has been loaded for
             sure, makes this one from it.
+
+    Returns:
+        The entries that were dropped: no other has what they told.
     """
+    dropped = []
     for name, square in squares.items():
         value = state.get(name)
         if not isinstance(value, Tensor):
@@ -204,13 +250,17 @@ def adopt(
         for name in present:
             if name != hidden:
                 del state[name]
+                if hidden is None:
+                    dropped.append(name)
     # Another library may have cast what is no floating-point number. Bits cannot be had
     # back; numbers can.
     for name in ("remainder", "kahan"):
         if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int16:
             del state[name]
+            dropped.append(name)
     for name in ON_CPU:
         if isinstance(state.get(name), Tensor):
             state[name] = state[name].to("cpu", torch.int64)
     if isinstance(state.get("step"), Tensor):
-        state["step"] = state["step"].to(param.device)
+        state["step"] = counter(state["step"], param.device)
+    return dropped

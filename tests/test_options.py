@@ -29,7 +29,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt.cases import Case
-from fusedopt.options import ARGUMENTS, OPTIONS
+from fusedopt.options import ARGUMENTS, CARRIED, OPTIONS
 from fusedopt.recipe import Recipe, whole
 
 WRONG: dict[str, dict[str, list[Any]]] = {
@@ -152,12 +152,136 @@ def test_what_torch_would_have_to_take_is_refused(name: str, param: Any) -> None
         ours.step()
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"l1"}))
-def test_option_in_a_group_is_refused(name: str) -> None:
-    """It would be ignored."""
-    group = {"params": make_params(), name: OPTIONS[name].default}
-    with pytest.raises(ValueError, match=f"{name} is an option of the optimizer"):
-        fusedopt.SGD([group], lr=0.1)
+# --- Options that groups carry --------------------------------------------------------------------
+
+SOME = {
+    "max_grad_norm": 0.5, "grad_norm_type": math.inf, "max_grad_value": 0.5, "nonfinite": "skip",
+    "weight_precision": "master", "state_dtype": torch.bfloat16, "ema_decay": 0.5,
+    "ema_warmup": True, "grad_divisor": 2.0,
+}  # fmt: skip
+
+
+def carrying(n: int, **options: Any) -> list[dict[str, Any]]:
+    """Groups, of which the first n carry these options."""
+    groups = [{"params": [p]} for p in make_params()]
+    for group in groups[:n]:
+        group.update(options)
+    return groups
+
+
+def test_some_is_all_that_groups_may_carry() -> None:
+    assert SOME.keys() == CARRIED == OPTIONS.keys() - {"l1"}
+
+
+@pytest.mark.parametrize("name", SOME.keys() - {"ema_warmup"})
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_option_in_some_groups_is_refused(name: str, n: int) -> None:
+    """It would be of all."""
+    with pytest.raises(ValueError, match=rf"param group {n} has no {name}.*one for all groups"):
+        fusedopt.SGD(carrying(n, **{name: SOME[name]}), lr=0.1)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_option_in_all_groups_is_the_optimizers(name: str) -> None:
+    """As wrappers that keep an optimizer's arguments in its groups have it."""
+    options = {**({"ema_decay": 0.5} if name == "ema_warmup" else {}), name: SOME[name]}
+    carried = fusedopt.SGD(carrying(4, **options), lr=0.1)
+    told = fusedopt.SGD(carrying(0), lr=0.1)
+    for option, value in options.items():
+        setattr(told, option, value)
+        assert getattr(carried, option) == value
+    for step in range(4):
+        for optimizer in (carried, told):
+            torch.manual_seed(step)
+            set_grads(params_of(optimizer), step)
+            optimizer.step()
+    torch.testing.assert_close(params_of(carried), params_of(told), rtol=0, atol=0)
+
+
+def test_option_in_groups_that_differ_is_refused() -> None:
+    groups = carrying(4, max_grad_norm=1.0)
+    groups[2]["max_grad_norm"] = 2.0
+    with pytest.raises(ValueError, match=r"group 2.*max_grad_norm=2\.0.*1\.0"):
+        fusedopt.SGD(groups, lr=0.1)
+    with pytest.raises(ValueError, match=r"group 0.*max_grad_norm=1\.0.*3\.0"):
+        fusedopt.SGD(carrying(4, max_grad_norm=1.0), lr=0.1, max_grad_norm=3.0)
+    with pytest.raises(ValueError, match="max_grad_norm must be positive"):
+        fusedopt.SGD(carrying(4, max_grad_norm=-1.0), lr=0.1)
+
+
+def test_group_that_is_added_may_carry_the_same() -> None:
+    ours = fusedopt.SGD(carrying(0)[:2], lr=0.1, max_grad_norm=1.0)
+    ours.add_param_group({"params": make_params()[2:3], "max_grad_norm": 1.0})
+    with pytest.raises(ValueError, match=r"group 3.*max_grad_norm=2\.0"):
+        ours.add_param_group({"params": make_params()[3:], "max_grad_norm": 2.0})
+    assert len(ours.param_groups) == 3
+
+
+def test_option_changes_in_groups_that_carry_it_by_the_attribute() -> None:
+    ours = fusedopt.SGD(carrying(4, max_grad_norm=1.0), lr=0.1)
+    for step in range(4):
+        set_grads(params_of(ours), step)
+        ours.step()
+        ours.max_grad_norm = 2.0 + step
+        assert {group["max_grad_norm"] for group in ours.param_groups} == {2.0 + step}
+    # By hand in a group: one would be obeyed, and nobody could tell which.
+    ours.param_groups[1]["max_grad_norm"] = 7.0
+    set_grads(params_of(ours), 4)
+    with nothing_written(ours), pytest.raises(ValueError, match=r"group 1.*7\.0.*5\.0"):
+        ours.step()
+    with pytest.raises(ValueError, match="must be positive"):
+        ours.max_grad_norm = 0.0
+    assert ours.max_grad_norm == 5.0
+    assert ours.param_groups[0]["max_grad_norm"] == 5.0
+    ours.param_groups[1]["max_grad_norm"] = 5.0
+    ours.step()
+    # In place of another key, so that there are as many.
+    del ours.param_groups[2]["max_grad_norm"], ours.param_groups[2]["differentiable"]
+    ours.param_groups[2].update(max_grad_norm=7.0, differentiable=False)
+    with nothing_written(ours), pytest.raises(ValueError, match="group 2"):
+        ours.step()
+
+
+# --- Numbers that no step can use -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999, 0.9), [0.9, 0.999, 0.9]], ids=str)
+def test_betas_that_are_three_are_refused_at_once(betas: Any) -> None:
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        fusedopt.Adam(make_params(), betas=betas)
+    ours = fusedopt.Adam(make_params())
+    with pytest.raises(ValueError, match="betas must be two numbers"):
+        ours.add_param_group({"params": [Parameter(torch.ones(1))], "betas": betas})
+
+
+BAD_NUMBERS: dict[str, tuple[str, str, Any]] = {
+    "betas.0": ("Adam", "betas", (1.0, 0.9)),
+    "betas.1": ("AdamW", "betas", (0.9, 1.0)),
+    "betas.negative": ("Adam", "betas", (-0.1, 0.9)),
+    "betas.nan": ("Adam", "betas", (math.nan, 0.9)),
+    "betas.three": ("Adam", "betas", (0.9, 0.99, 0.999)),
+    "betas.tensor": ("Adam", "betas", (0.9, torch.tensor(1.0, device="cpu"))),
+    "lr": ("RMSprop", "lr", math.nan),
+    "momentum": ("SGD", "momentum", math.nan),
+    "eps": ("Adagrad", "eps", math.nan),
+}
+
+
+@table("bad", BAD_NUMBERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_numbers_set_in_mid_run_that_no_step_can_use(bad: tuple[str, str, Any], steps: int) -> None:
+    name, key, value = bad
+    ours = getattr(fusedopt, name)(make_params())
+    for step in range(steps + 1):
+        set_grads(params_of(ours), step)
+        if step < steps:
+            ours.step()
+    before = ours.param_groups[0][key]
+    ours.param_groups[0][key] = value
+    with nothing_written(ours), pytest.raises(ValueError, match=f"param group 0: {key} must be"):
+        ours.step()
+    ours.param_groups[0][key] = before
+    ours.step()
 
 
 def test_checkpoint_whose_groups_do_not_fit_the_options_is_refused() -> None:
@@ -200,7 +324,7 @@ def test_subclass_with_a_constructor_keeps_its_own_signature() -> None:
 
 
 @every_class
-def test_options_survive_copies_but_are_not_in_the_state_dict(case: Case) -> None:
+def test_options_survive_copies(case: Case) -> None:
     options = {
         "max_grad_norm": 0.5, "nonfinite": "skip", "ema_decay": 0.9, "ema_warmup": True, "l1": 0.1,
         "weight_precision": "kahan", "state_dtype": torch.float32,
