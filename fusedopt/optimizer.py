@@ -84,6 +84,8 @@ def _remember(
 ) -> None:
     """Look at a checkpoint before torch takes it over, and keep it for after that."""
     assert isinstance(optimizer, FusedOptimizer)
+    if optimizer._loading is not loaded:
+        return
     for index, group in enumerate(checkpoint["param_groups"]):
         missing = [n for n in kernels.family_hypers(optimizer._family) if n not in group]
         if missing:
@@ -361,21 +363,19 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         options = "".join(f"{option}\n" for option in self._used())
         return super().__repr__().removesuffix(")") + f"{options})"
 
-    def _options_changed(self, names: set[str]) -> None:
+    def _options_changed(self, names: set[str], undo: list[Callable[[], None]]) -> None:
         if names - {"grad_divisor", "nonfinite"}:
             self._configured = False
-        if "param_groups" in self.__dict__:
-            if names & {"weight_precision", "state_dtype"}:
-                self._adopt_state()
-            if "ema_decay" in names:
-                if self.ema_decay is None:
-                    dropped: _Created = []
-                    try:
-                        self._drop_averages(dropped)
-                    except BaseException:
-                        self._roll_back(dropped)
-                        raise
-                self._idle_averages = False
+        if "param_groups" not in self.__dict__:
+            return
+        before: _Created = []
+        undo.append(partial(self._roll_back, before, self._idle_averages))
+        if names & {"weight_precision", "state_dtype"}:
+            self._adopt_state(before)
+        if "ema_decay" in names:
+            if self.ema_decay is None:
+                self._drop_averages(before)
+            self._idle_averages = False
 
     def _drop_averages(self, dropped: _Created) -> None:
         """Drop the averages; adds to ``dropped`` what there was before."""
@@ -485,6 +485,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     # These are instance attributes when they are not the class's.
     _micro_batches: int = 0  # calls of accumulate() in the window
+    _loading: dict[str, Any] | None = None  # the checkpoint that load_state_dict() is at
     _idle_averages: bool = False  # a checkpoint had averages, and ema_decay is None
     _grad_norm: float | Tensor = math.nan  # a tensor: where a device writes it
     _skipped_steps: int = 0  # those that devices have not counted
@@ -672,10 +673,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             return torch.float32
         return None
 
-    def _adopt_state(self) -> dict[str, int]:
+    def _adopt_state(self, before: _Created) -> dict[str, int]:
         """Bring all state into the form that the options ask for.
 
-        Returns the entries that were dropped for it, and of how many parameters.
+        Adds to ``before`` what there was. Returns the entries that were dropped for it, and of how
+        many parameters.
 
         Raises:
             ValueError: What there is cannot be this optimizer's state; nothing has changed.
@@ -696,6 +698,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         for param, state, *_ in found:
             wanted = self.weight_precision if param.dtype in HALF else None
             hidden = wanted if wanted in HIDDEN else None
+            before.append((param, dict(state)))
             for name in adopt(param, state, squares, self._rule_dtype(param), hidden):
                 dropped[name] = dropped.get(name, 0) + 1
         return dropped
@@ -706,7 +709,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         return f"parameter {index} of group {group}{f' ({name})' if name else ''}"
 
     def _roll_back(self, created: _Created, idle_averages: bool = False) -> None:
-        """Undo :meth:`_create_state` and :meth:`_drop_averages`."""
+        """Undo what has added to ``created``."""
         for param, before in reversed(created):
             state = self.state[param]
             state.clear()
@@ -830,6 +833,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         before = dict(self.__dict__)
         hooks: list[Any] = []
         try:
+            self._loading = loaded
             # The last to see what the user's hooks made of it, and the first after torch.
             hooks.append(self.register_load_state_dict_pre_hook(partial(_remember, loaded)))
             finish = partial(type(self)._finish_load, loaded=loaded, losses=losses)
@@ -843,11 +847,14 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             self._forget_state()
             raise
         finally:
+            self.__dict__.pop("_loading", None)
             for hook in hooks:
                 hook.remove()
 
     def _finish_load(self, loaded: dict[str, Any], losses: list[str]) -> None:
         """Make ours of groups and state that torch has taken over; adds to ``losses`` a text."""
+        if self._loading is not loaded:  # this is a hook that a Ctrl-C has left behind
+            return
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
@@ -857,7 +864,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                     self.state[param][name] = value.to(place)
         unknown = self._load_options(self._options_in(loaded))
         self._configured = False
-        dropped = self._adopt_state()
+        dropped = self._adopt_state([])
         averages = sum("ema" in state for _, state in self._states())
         self._idle_averages = self.ema_decay is None and averages > 0
         if self._idle_averages:

@@ -73,13 +73,16 @@ class Option:
             for name in CARRIED & checked.keys() & group.keys()
         ]
         changed = {name for name, value in checked.items() if value != getattr(instance, name)}
+        undo: list[Callable[[], None]] = []
         try:
             own.update(checked, _from_checkpoint=instance._from_checkpoint - checked.keys())
             for group, name, _ in carried:
                 group[name] = checked[name]
             instance._check_options()
-            instance._options_changed(changed)
+            instance._options_changed(changed, undo)
         except BaseException:
+            for call in reversed(undo):
+                call()
             for name in (*checked, "_from_checkpoint"):
                 own.pop(name, None)
             own.update(before)
@@ -207,7 +210,8 @@ class StepOptions:
             raise ValueError(f"{error}{hint if taken else ''}") from None
         return [f"the option {name}={recorded[name]!r}" for name in sorted(unknown)]
 
-    def _options_changed(self, names: set[str]) -> None:
+    def _options_changed(self, names: set[str], undo: list[Callable[[], None]]) -> None:
+        """Do what follows from the change of some; adds to ``undo`` what takes it back."""
         raise NotImplementedError
 
     def _kernel_options(self) -> kernels.StepOptions:
