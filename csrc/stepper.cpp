@@ -47,7 +47,7 @@ py::list family_hypers(const std::string& name) {
   const base::FamilyEntry& found = find_family(name);
   py::list names;
   for (const Option& option : FamilyOptions(*found.family, found.first_rule).hyper) {
-    if (!names.contains(option.key)) names.append(option.key);
+    if (!option.truth && !names.contains(option.key)) names.append(option.key);
   }
   return names;
 }

@@ -33,7 +33,7 @@ struct StepOptions {
 // A family's states, and whether they are squares, which in 8 bits have a format of their own.
 py::dict family_states(const std::string& name);
 
-// The numbers that a family's rules read from a group, by their keys.
+// The numbers (not the flags) that a family's rules read from a group, by their keys.
 py::list family_hypers(const std::string& name);
 
 // Ends the window of micro-batches of an optimizer, of which this is the __dict__: its accumulators

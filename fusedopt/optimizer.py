@@ -79,6 +79,23 @@ def _is_of_torch(frame: FrameType) -> bool:
     return package in ("torch", "fusedopt")
 
 
+def _warn_of_partial_norm() -> None:
+    """Warn when the optimizer is made to update one process's share of the parameters only."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = inspect.currentframe()
+    while module is not None and frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, module.ZeroRedundancyOptimizer) and owner.world_size > 1:
+            warnings.warn(
+                "Under ZeroRedundancyOptimizer, max_grad_norm and nonfinite see the gradients of "
+                "the parameters that this process updates, and not those of the others: with "
+                f"{owner.world_size} processes, clip before the step.",
+                stacklevel=2,
+            )
+            return
+        frame = frame.f_back
+
+
 def _remember(
     loaded: dict[str, Any], optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]
 ) -> None:
@@ -152,6 +169,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         free = CARRIED - given.keys()
         carried_by([{n: group[n] for n in free & group.keys()} for group in self.param_groups])
         self._recreate_early_state()
+        if self._measures():
+            _warn_of_partial_norm()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

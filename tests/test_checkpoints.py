@@ -541,6 +541,33 @@ def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_share_of_the_parameters_has_no_norm_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def of_two(zero: Any, make: Any = ZeroRedundancyOptimizer._init_local_optimizer) -> None:
+        zero.world_size = 2
+        make(zero)
+
+    monkeypatch.setattr(ZeroRedundancyOptimizer, "_init_local_optimizer", of_two)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        for options in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"}):
+            with pytest.warns(UserWarning, match="with 2 processes, clip before"):
+                ZeroRedundancyOptimizer(
+                    make_params(), optimizer_class=fusedopt.AdamW, lr=0.1, **options
+                )
+        ZeroRedundancyOptimizer(
+            make_params(), optimizer_class=fusedopt.AdamW, lr=0.1, max_grad_value=1.0
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_loading_does_not_write_to_the_checkpoint() -> None:
     saved = checkpoint(weight_precision="remainder", state_dtype=torch.uint8)
     before = copy.deepcopy(saved)
