@@ -318,6 +318,15 @@ bool Stepper::check_codes(const Entry& entry, const Place& place) {
   return false;
 }
 
+void Stepper::replace_counters() {
+  const py::list step(1);
+  step[0] = py::handle(names().step);
+  for (const Active& active : active_) {
+    if (!entries_[active.entry].counter_stops()) continue;
+    missing_.append(py::make_tuple(active.group, active.index, step));
+  }
+}
+
 bool Stepper::arrange(Entry& entry, const Place& place, PyObject* param, const View& p,
                       const Described& found, PyObject* grad, View g) {
   for (int d = 0; d < p.ndim; ++d) {

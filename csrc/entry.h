@@ -68,6 +68,14 @@ struct Entry {
     }
   }
 
+  // Whether the counter cannot hold this step's number: a float32 stops at 2^24, and would have all
+  // later steps round with the same random bits. On a device nobody reads the counter, so there it
+  // must be float64 from the first step on.
+  bool counter_stops() const {
+    return step && step_dtype == DType::kFloat32 &&
+           (device != kHost || double(float(task.step)) != task.step);
+  }
+
   // Calls f(object) for everything in the state that is in use.
   template <class F>
   void for_each_object(F&& f) const {

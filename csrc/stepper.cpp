@@ -81,7 +81,7 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     created_ = created;
     window_ = window;
     accumulate_ = accumulate;
-    has_grads_ = false;
+    has_grads_ = counters_stop_ = false;
     groups_.clear();
     state_items_.clear();
     state_ = state;
@@ -96,6 +96,7 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     }
     find_overlaps();
     if (overlaps_.any()) set_aside_overlaps();
+    if (counters_stop_ && !accumulate_) replace_counters();
     has_host_ = false;
     for (const Active& active : active_) {
       const int device = entries_[active.entry].device;
@@ -464,6 +465,7 @@ void Stepper::gather_param(const Place& place, PyObject* param) {
   if (entry.task.group != place.group) described_ = true;
   entry.task.group = place.group;
   if (entry.step && entry.device == kHost) entry.task.step = entry.read_step() + 1;
+  counters_stop_ |= entry.counter_stops();
   double& rate = groups_.back().hyper[0];
   if (options.rate_device() != kHost && options.rate_device() != entry.device && rate != rate) {
     rate = options.read_rate();

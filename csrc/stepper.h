@@ -285,6 +285,9 @@ class Stepper {
   // torch updates one parameter after the other, so it can take these.
   void set_aside_overlaps();
 
+  // Has counters made anew that would stop. (Not those that several parameters share.)
+  void replace_counters();
+
   bool has_state(int rule, size_t state) const {
     const int flag = family_->states[state].flag;
     return flag < 0 || ((rule - first_rule_) >> flag & 1);
@@ -339,6 +342,7 @@ class Stepper {
   uint64_t window_capture_ = 0;  // the graph that has recorded the window's first accumulate()
   bool accumulate_ = false;
   bool has_grads_ = false;
+  bool counters_stop_ = false;  // that of any parameter
   bool has_host_ = false;
   bool described_ = false;  // something may lie elsewhere than when overlaps were last looked for
   bool busy_ = false;

@@ -39,7 +39,7 @@ struct TileStages {
         limit(T(stages.max_grad_value)),
         factor(T(stages.clip_coefficient * group.sign)),
         shrink(T(group.l1 * group.hyper[0])),
-        step(uint64_t(step)) {
+        step(step_number(step)) {
     // The warm-up of TensorFlow's ExponentialMovingAverage.
     const double warm = (1 + step) / (10 + step);
     const double decay = stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;

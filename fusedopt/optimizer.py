@@ -531,12 +531,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """A new entry of a parameter's state, with what it needs beside it."""
         if name == "step":
-            if isinstance(state.get(name), Tensor):  # on another device
-                return {name: state[name].to(param.device)}
+            if isinstance(state.get(name), Tensor):  # on another device, or at its end
+                return {name: state[name].to(param.device, torch.float64)}
             # A stock optimizer that does not count has left momentum: that was one step or more.
             names = kernels.family_states(self._family)
             counted = any(state.get(name) is not None for name in names)
-            dtype = self._step_dtype(group)
+            dtype = self._step_dtype(param, group)
             return {name: torch.full((), float(counted), dtype=dtype, device=param.device)}
         if name == "seed":
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
@@ -613,7 +613,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         created.clear()
 
     @staticmethod
-    def _step_dtype(group: dict[str, Any]) -> torch.dtype:
+    def _step_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        if device.on_device(param):  # where nobody sees a float32 stop at 2^24
+            return torch.float64
         # As stock: fused optimizers count in float32, the others in the default dtype.
         default = torch.get_default_dtype()
         return (
