@@ -531,8 +531,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """A new entry of a parameter's state, with what it needs beside it."""
         if name == "step":
-            if isinstance(state.get(name), Tensor):  # on another device, or at its end
-                return {name: state[name].to(param.device, torch.float64)}
+            counter = state.get(name)
+            if isinstance(counter, Tensor):  # on another device, or in float32 and at its end
+                if counter.device != param.device:
+                    return {name: counter.to(param.device, torch.float64)}
+                counter.data = counter.double()  # others may hold it, or share it
+                return {name: counter}
             # A stock optimizer that does not count has left momentum: that was one step or more.
             names = kernels.family_states(self._family)
             counted = any(state.get(name) is not None for name in names)
@@ -574,7 +578,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             for param in group["params"]:
                 state = self.__dict__["state"].get(param, {})
                 if device.on_device(param) and "step" in state:
-                    state["step"] = state["step"].to(param.device)
+                    dtype = self._step_dtype(param, group)
+                    state["step"] = state["step"].to(param.device, dtype)
                 if self._rule_dtype(param) is not None and device.has_kernels(param):
                     for name in names & state.keys():
                         state.update(self._new_entries(param, group, {}, name))

@@ -194,11 +194,10 @@ def as_stock_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, A
     """
     mine = dict(mine)
     step = mine.get("step")
-    if isinstance(step, Tensor):
-        if step.device.type != "cpu":
-            del mine["step"]
-            if isinstance(theirs.get("step"), Tensor):
-                mine["step"] = step.to(theirs["step"])
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        del mine["step"]
+        if isinstance(theirs.get("step"), Tensor):
+            mine["step"] = step.to(theirs["step"])
     return mine
 
 

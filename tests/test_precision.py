@@ -773,6 +773,19 @@ def test_checkpoint_of_a_long_run(case: Case) -> None:
     torch.testing.assert_close(contents_of(resumed), contents_of(ours), rtol=0, atol=0)
 
 
+def test_a_held_counter_goes_on() -> None:
+    params = make_params()
+    ours = fusedopt.Adam(params)
+    train(ours, params, range(1))
+    set_counters(ours, END - 1)
+    held = [ours.state[p]["step"] for p in params]
+    train(ours, params, range(1, 4))
+    assert {counter.item() for counter in held} == {END + 2}
+    held[0].fill_(7)
+    train(ours, params, range(4, 5))
+    assert [ours.state[p]["step"].item() for p in params] == [8, *[END + 3] * (len(params) - 1)]
+
+
 def test_counters_that_several_parameters_share_stay_shared() -> None:
     params = make_params([(3,), (3,)])
     ours = fusedopt.Adam(params)
