@@ -181,7 +181,7 @@ inline void update_directly(const Rule& rule, const Task& task, const TileStages
   if (task.extras == nullptr || task.extras->ema.data == nullptr) {
     return apply_rule(rule, p, g, stages.multiplier, stages.factor, states, NoAverage{}, n);
   }
-  const Average<T> average = {static_cast<T*>(task.extras->ema.data) + begin, stages.ema_weight};
+  const Average<T> average(static_cast<T*>(task.extras->ema.data) + begin, stages.ema_weight);
   apply_rule(rule, p, g, stages.multiplier, stages.factor, states, average, n);
 }
 
