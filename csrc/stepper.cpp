@@ -194,7 +194,7 @@ py::list Stepper::measure(int threads) {
     clip();
   } else if (has_host_) {
     DeviceControl* const control = host_control();
-    control->total = norm_.total;
+    control->total = norm_.total / norm_.scale / norm_.scale;  // as devices have it
     control->nonfinite = norm_.nonfinite_task < 0 ? 0 : kFirstPlace - norm_.nonfinite_task;
     reports.append(host_report_);
   }
@@ -216,7 +216,7 @@ void Stepper::finish_measure() {
   }
   if (!has_host_) return;
   const DeviceControl* const control = host_control();
-  norm_.total = control->total;
+  norm_.total = control->total, norm_.scale = 1;
   norm_.nonfinite_task = control->nonfinite == 0 ? -1 : int64_t(kFirstPlace - control->nonfinite);
   clip();
 }
@@ -227,7 +227,8 @@ void Stepper::clip() {
 }
 
 double Stepper::norm() const {
-  return base::norm_of(options_of_step_.norm_type, norm_.total, plan_.stages.grad_multiplier);
+  return base::norm_of(options_of_step_.norm_type, norm_.total, plan_.stages.grad_multiplier) /
+         norm_.scale;
 }
 
 py::dict Stepper::reports() const {
