@@ -176,7 +176,7 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
       state = family_->states[i].flag < 0 ? find_vital(state_names_[i]) : find(state_names_[i]);
       View view;
       if (state && read_tensor(state.ptr(), &view) == Reading::kOk && view.dtype == DType::kUInt8) {
-        const py::str scale(py::str(py::handle(state_names_[i])).cast<std::string>() + "_scale");
+        const py::str scale(text_of(state_names_[i]) + "_scale");
         extra(ExtraSlot(kScale + k)) = look_up(scale.ptr());
         if (!entry.extra->objects[kScale + k])
           fail(place, "its state lacks " + quoted(scale.ptr()));

@@ -178,8 +178,7 @@ class GroupOptions {
 
   static double number(PyObject* dict, const Option& option, int group) {
     const auto text = [&] {
-      return "param group " + std::to_string(group) + ": " +
-             py::str(option.key).cast<std::string>();
+      return "param group " + std::to_string(group) + ": " + text_of(option.key.ptr());
     };
     PyObject* found = PyDict_GetItemWithError(dict, option.key.ptr());
     if (found == nullptr) throw py::key_error(text() + " is missing");
@@ -193,7 +192,7 @@ class GroupOptions {
     if (PyErr_Occurred()) {
       PyErr_Clear();
       throw py::type_error(text() + " is not " + (option.element < 0 ? "a number" : "of numbers") +
-                           ": " + py::repr(found).cast<std::string>());
+                           ": " + text_of(py::repr(found).ptr()));
     }
     return number;
   }

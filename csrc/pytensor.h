@@ -41,4 +41,7 @@ bool is_lazy(PyObject* tensor);
 
 std::string shape_text(const View& view);
 
+// str() of an object, for messages; what UTF-8 has no form for is escaped.
+std::string text_of(PyObject* object);
+
 }  // namespace fusedopt

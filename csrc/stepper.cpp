@@ -386,7 +386,7 @@ std::string Stepper::describe_place(const Place& place) {
       "parameter " + std::to_string(place.index) + " of group " + std::to_string(place.group);
   PyObject* names = PyDict_GetItemString(place.group_dict, "param_names");
   if (names != nullptr && PyList_Check(names) && place.index < PyList_GET_SIZE(names)) {
-    text += " (" + py::str(PyList_GET_ITEM(names, place.index)).cast<std::string>() + ")";
+    text += " (" + text_of(PyList_GET_ITEM(names, place.index)) + ")";
   }
   return text;
 }

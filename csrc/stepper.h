@@ -263,7 +263,7 @@ class Stepper {
     return half && !p.complex ? options_of_step_.weight_precision : WeightPrecision::kNearest;
   }
 
-  static std::string quoted(PyObject* name) { return py::repr(name).cast<std::string>(); }
+  static std::string quoted(PyObject* name) { return text_of(py::repr(name).ptr()); }
 
   // Blocks of 8-bit state are runs of its memory, so it has to lie as its parameter does. False
   // when the parameter lies otherwise than when the state was made.
