@@ -152,7 +152,8 @@ void Stepper::prepare(double divisor, const py::dict& grad_scale, const py::dict
     View view;
     const py::object tensor = tensors[py::int_(device)];
     if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != device ||
-        view.dtype != DType::kFloat32 || view.complex || count(view) != 1) {
+        view.dtype != DType::kFloat32 || view.complex || count(view) != 1 ||
+        is_negated(tensor.ptr())) {
       throw py::type_error("grad_scale or found_inf is not a number in float32 on its device");
     }
     return reinterpret_cast<const float*>(view.data);
@@ -518,13 +519,16 @@ bool Stepper::is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
     if (read_tensor(grad, &g) != Reading::kOk) return false;
     if (!entry.shape.matches(g) || g.complex || !is_float(g.dtype)) return false;
     if (g.device != p.device) return false;
+    const uintptr_t ahead = uintptr_t(g.data) - uintptr_t(p.data);
+    const auto reaches = [&](DType dtype) { return uint64_t(entry.task.numel * item_size(dtype)); };
+    if (ahead < reaches(p.dtype) || -ahead < reaches(g.dtype)) return false;  // it is overwritten
     if (g.dtype != entry.task.grad.dtype || entry.task.grad.layout != nullptr) described_ = true;
     entry.grad_sizes = g.size;
     entry.task.grad = {g.data, g.dtype, nullptr};
   } else {
     entry.task.grad.data = nullptr;
   }
-  if (p.data != entry.task.param.data) described_ = true;  // it may overlap another one now
+  if (p.data != entry.task.param.data) described_ = true;  // it may overlap others now
   entry.param_sizes = p.size;
   entry.task.param.data = p.data;
   entry.task.first = entry.first_by_step;
@@ -560,18 +564,29 @@ void Stepper::find_overlaps() {
         if (operand->data == nullptr) continue;
         overlaps_.add(operand->data, bytes(*operand, task.numel), active.entry);
       }
+      const int64_t n_blocks = (task.numel + kBlock - 1) / kBlock;
+      for (const float* scale : extras->scale) {
+        if (scale != nullptr) overlaps_.add(scale, n_blocks * sizeof(float), active.entry);
+      }
     }
     if (entry.step) overlaps_.add(entry.step_data, item_size(entry.step_dtype), active.entry);
   }
-  overlaps_.find(entry_ + 1);
-  described_ = false;
+  const bool moved = overlaps_.find(entry_ + 1);
+  // Gradients seldom lie where they did; so those are looked at that are new in other respects,
+  // too.
+  for (const Active& active : active_) {
+    const Task& task = entries_[active.entry].task;
+    if (accumulate_ || !(moved || active.described) || task.grad.data == nullptr) continue;
+    overlaps_.add_reader(task.grad.data, bytes(task.grad, task.numel), active.entry);
+  }
+  described_ = overlaps_.any_reader();
 }
 
 void Stepper::set_aside_overlaps() {
   const auto overlaps = [&](const Active& active) {
     if (!overlaps_.has(active.entry)) return false;
-    fallback_.append(
-        py::make_tuple(active.group, active.index, "parameters or state that share memory"));
+    fallback_.append(py::make_tuple(active.group, active.index,
+                                    "parameters, state or gradients that share memory"));
     return true;
   };
   active_.erase(std::remove_if(active_.begin(), active_.end(), overlaps), active_.end());
