@@ -34,6 +34,7 @@ struct Entry {
   bool known = false;  // described before, all in one shape: `shape` and `task` hold
   int64_t epoch = -1;  // when its state was found to be its own, and no one else's
   bool lacks_first = false;
+  bool negates = false;               // a gradient has been negated lazily
   bool dampens = false;               // Stepper::dampens()
   bool first_by_step = false;         // state[0] has never been written as long as its "step" is 0
   const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,

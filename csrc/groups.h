@@ -166,6 +166,7 @@ class GroupOptions {
     if (lr == nullptr || PyFloat_CheckExact(lr) || read_tensor(lr, &view) != Reading::kOk) return;
     const bool known = view.dtype == DType::kFloat32 || view.dtype == DType::kFloat64;
     if (view.device == kHost || !known || view.complex || count(view) != 1) return;
+    if (is_negated(lr)) return;
     rate_device_ = view.device;
     rate_ = {view.data, view.dtype};
     rate_tensor_ = py::reinterpret_borrow<py::object>(lr);

@@ -51,6 +51,10 @@ bool find_dtype(uint8_t code, int bits, DType* dtype) {
   return false;
 }
 
+bool asks(PyObject* tensor, const char* method) {
+  return py::handle(tensor).attr(method)().cast<bool>();
+}
+
 }  // namespace
 
 void bind_torch(py::object tensor_type, py::object parameter_type) {
