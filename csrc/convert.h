@@ -13,7 +13,7 @@ namespace fusedopt {
 inline Operand dense(const py::object& tensor, const char* name, int64_t numel) {
   View view;
   if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != kHost || view.complex ||
-      count(view) != numel || !(numel == 0 || is_row_major(view))) {
+      count(view) != numel || !(numel == 0 || is_row_major(view)) || is_negated(tensor.ptr())) {
     throw py::value_error(std::string(name) + " is not a contiguous tensor on the CPU with " +
                           std::to_string(numel) + " elements");
   }

@@ -134,7 +134,9 @@ void cpu_update(const Plan& plan, int threads, bool measured) {
   });
 }
 
-Norm cpu_measure(const Plan& plan, NormType type, int threads) {
+namespace {
+
+Norm measure_scaled(const Plan& plan, NormType type, double scale, int threads) {
   std::vector<int64_t> first_chunk = {0};
   first_chunk.reserve(plan.n_tasks + 1);
   for (int64_t i = 0; i < plan.n_tasks; ++i) {
@@ -144,10 +146,11 @@ Norm cpu_measure(const Plan& plan, NormType type, int threads) {
   std::vector<ChunkNorm> chunks(first_chunk.back());
   const auto measure = cpu_kernels().measure;
   in_parallel(plan, threads, [&](const Plan&, int64_t task, int64_t begin, int64_t end) {
-    measure(plan, type, first_chunk.data(), task, begin, end, chunks.data());
+    measure(plan, type, scale, first_chunk.data(), task, begin, end, chunks.data());
   });
 
   Norm norm;
+  norm.scale = scale;
   for (int64_t i = 0; i < plan.n_tasks; ++i) {
     for (int64_t c = first_chunk[i]; c < first_chunk[i + 1]; ++c) {
       if (!chunks[c].finite && norm.nonfinite_task < 0) norm.nonfinite_task = i;
@@ -156,6 +159,25 @@ Norm cpu_measure(const Plan& plan, NormType type, int threads) {
     }
   }
   return norm;
+}
+
+// Whether squares of doubles may have left the range of doubles, so that their sum is of no use.
+// (Those of floats do not. Of a sum above the lower limit, those that vanish are no part.)
+bool left_range(const Plan& plan, const Norm& norm) {
+  if (norm.nonfinite_task >= 0 || (norm.total >= 0x1p-900 && norm.total < INFINITY)) return false;
+  return std::any_of(plan.tasks, plan.tasks + plan.n_tasks,
+                     [](const Task* task) { return task->param.dtype == DType::kFloat64; });
+}
+
+}  // namespace
+
+Norm cpu_measure(const Plan& plan, NormType type, int threads) {
+  const Norm norm = measure_scaled(plan, type, 1, threads);
+  if (type != NormType::kTwo || !left_range(plan, norm)) return norm;
+  const double largest = measure_scaled(plan, NormType::kInfinity, 1, threads).total;
+  if (largest == 0) return norm;
+  const int exponent = std::min(std::max(std::ilogb(largest), -1000), 1000);
+  return measure_scaled(plan, type, std::ldexp(1, -exponent), threads);
 }
 
 void cpu_accumulate(const Plan& plan, int threads) {

@@ -17,9 +17,10 @@ struct ChunkNorm {
 // work line, of which first_task covers `begin`.
 struct Kernels {
   void (*update)(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
-  // Measures the chunks that begin there. Chunk c of task i is out[first_chunk[i] + c].
-  void (*measure)(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,
-                  int64_t begin, int64_t end, ChunkNorm* out);
+  // Measures the chunks that begin there, of gradients times `scale` when squares are summed. Chunk
+  // c of task i is out[first_chunk[i] + c].
+  void (*measure)(const Plan& plan, NormType type, double scale, const int64_t* first_chunk,
+                  int64_t first_task, int64_t begin, int64_t end, ChunkNorm* out);
   void (*accumulate)(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
   // What a step does on the way, on its own and for one dense parameter: its full weights, from
   // them parameter and hidden part, the values of state[0] in 8 bits, and back (to the nearest).

@@ -181,7 +181,7 @@ inline void update_directly(const Rule& rule, const Task& task, const TileStages
   if (task.extras == nullptr || task.extras->ema.data == nullptr) {
     return apply_rule(rule, p, g, stages.multiplier, stages.factor, states, NoAverage{}, n);
   }
-  const Average<T> average = {static_cast<T*>(task.extras->ema.data) + begin, stages.ema_weight};
+  const Average<T> average(static_cast<T*>(task.extras->ema.data) + begin, stages.ema_weight);
   apply_rule(rule, p, g, stages.multiplier, stages.factor, states, average, n);
 }
 
@@ -374,17 +374,18 @@ void update_range(const Plan& plan, int64_t first_task, int64_t begin, int64_t e
 constexpr int64_t kLanes = 32;
 static_assert(kTile % kLanes == 0 && kNormChunk % kTile == 0, "lanes start anew at each tile");
 
-template <class T>
-inline void add_squares(const T* g, int64_t n, double* lanes) {
+// Of what `of` makes of each element.
+template <class T, class F>
+inline void add_squares(const T* g, int64_t n, double* lanes, F&& of) {
   double sum[kLanes];
   for (int64_t k = 0; k < kLanes; ++k) sum[k] = lanes[k];
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     // Beyond the page, where the processor's own prefetching ends.
     for (int64_t k = 0; k < kLanes; k += 64 / sizeof(T)) __builtin_prefetch(g + i + 1024 + k);
-    for (int64_t k = 0; k < kLanes; ++k) sum[k] = add_square(sum[k], g[i + k]);
+    for (int64_t k = 0; k < kLanes; ++k) sum[k] = add_square(sum[k], of(g[i + k]));
   }
-  for (; i < n; ++i) sum[i % kLanes] = add_square(sum[i % kLanes], g[i]);
+  for (; i < n; ++i) sum[i % kLanes] = add_square(sum[i % kLanes], of(g[i]));
   for (int64_t k = 0; k < kLanes; ++k) lanes[k] = sum[k];
 }
 
@@ -400,8 +401,8 @@ inline auto largest(const T* g, int64_t n) {
 
 // The norm of elements [begin, end) of one parameter, at most a chunk; the 2-norm squared.
 template <class T>
-inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier, int64_t begin,
-                                  int64_t end) {
+inline ChunkNorm measure_elements(const Task& task, NormType type, double scale, T multiplier,
+                                  int64_t begin, int64_t end) {
   alignas(64) T buffer[kTile];
   const Gradients from = gradients_of(task);
   const bool direct = is_plain<T>(from.grad) && from.sum == nullptr;
@@ -415,7 +416,11 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   for (int64_t at = begin, next; at < end; at = next) {
     next = direct ? end : tile_end(at, end);
     const T* g = open_gradients(Span(at, next - at), from, buffer);
-    if (sums) add_squares(g, next - at, lanes);
+    if (sums && scale == 1) {
+      add_squares(g, next - at, lanes, [](T x) { return x; });
+    } else if (sums) {
+      add_squares(g, next - at, lanes, [&](T x) { return double(x) * scale; });
+    }
     if (maximum) {
       const auto other = largest(g, next - at);
       bits = other > bits ? other : bits;
@@ -429,8 +434,8 @@ inline ChunkNorm measure_elements(const Task& task, NormType type, T multiplier,
   return {sums ? sum : double(magnitude), finite && (!maximum || bits < infinity)};
 }
 
-void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, int64_t first_task,
-                   int64_t begin, int64_t end, ChunkNorm* out) {
+void measure_range(const Plan& plan, NormType type, double scale, const int64_t* first_chunk,
+                   int64_t first_task, int64_t begin, int64_t end, ChunkNorm* out) {
   for (int64_t i = first_task; i < plan.n_tasks && plan.begin[i] < end; ++i) {
     const Task& task = *plan.tasks[i];
     if (i + 2 < plan.n_tasks) __builtin_prefetch(plan.tasks[i + 2]->grad.data);
@@ -442,8 +447,8 @@ void measure_range(const Plan& plan, NormType type, const int64_t* first_chunk, 
       const int64_t to = task.numel < from + kNormChunk ? task.numel : from + kNormChunk;
       const double multiplier = plan.stages.grad_multiplier;
       out[first_chunk[i] + chunk] =
-          in_double(task) ? measure_elements<double>(task, type, multiplier, from, to)
-                          : measure_elements<float>(task, type, float(multiplier), from, to);
+          in_double(task) ? measure_elements<double>(task, type, scale, multiplier, from, to)
+                          : measure_elements<float>(task, type, scale, float(multiplier), from, to);
     }
   }
 }

@@ -87,25 +87,31 @@ bool Stepper::describe_param(Entry& entry, const Place& place, PyObject* param, 
   task.param = {p.data, p.dtype, nullptr};
   task.grad = {};
   if (grad != nullptr) task.grad = gradient(g);
-  // A lazily negated tensor of several elements has gaps: it is half of a complex one.
-  bool plain = task.numel > 1 && !p.complex && is_row_major(p);
-  plain = plain && (grad == nullptr || is_row_major(g));
+  const bool negated = grad != nullptr && is_negated(grad);
+  entry.negates |= negated;
+  bool plain = task.numel > 1 && !p.complex && is_row_major(p) && !is_negated(param);
+  plain = plain && (grad == nullptr || (is_row_major(g) && !negated));
   for (int i = 0; i < found.n; ++i) {
     const View& view = found.view[i];
     *found.operand[i] = {view.data, view.dtype, nullptr};
-    plain = plain && is_row_major(view);
+    plain = plain && is_row_major(view) && !is_negated(found.object[i]);
   }
   if (!plain && !arrange(entry, place, param, p, found, grad, grad == nullptr ? p : g)) {
-    return fall_back(place, "a parameter whose elements may overlap in memory"), false;
+    return fall_back(place,
+                     "a parameter whose elements may overlap in memory, or are lazily negated or "
+                     "conjugated"),
+           false;
   }
   if (entry.extra != nullptr && !check_codes(entry, place)) return false;
 
   entry.param = param;
   entry.rule = groups_.back().rule;
   // A gradient with the parameter's own strides will then need no thought. (Single elements and
-  // complex ones always do: they may be lazily negated or conjugated.)
-  entry.known = !accumulate_ && task.numel > 1 && !p.complex && entry.shape.remember(p) &&
-                task.param.layout == nullptr;
+  // complex ones always do: autograd may leave them lazily negated or conjugated. So do those
+  // whose gradient has ever been negated and without gaps, which only torch._neg_view() makes:
+  // asking each gradient for that would take a tenth of a small step.)
+  entry.known = !accumulate_ && task.numel > 1 && !p.complex && !entry.negates &&
+                entry.shape.remember(p) && task.param.layout == nullptr;
   for (int i = 0; i < found.n; ++i) {
     entry.known = entry.known && found.operand[i]->layout == nullptr;
   }
@@ -176,7 +182,7 @@ bool Stepper::find_state(Entry& entry, const Place& place, PyObject* param, cons
       state = family_->states[i].flag < 0 ? find_vital(state_names_[i]) : find(state_names_[i]);
       View view;
       if (state && read_tensor(state.ptr(), &view) == Reading::kOk && view.dtype == DType::kUInt8) {
-        const py::str scale(py::str(py::handle(state_names_[i])).cast<std::string>() + "_scale");
+        const py::str scale(text_of(state_names_[i]) + "_scale");
         extra(ExtraSlot(kScale + k)) = look_up(scale.ptr());
         if (!entry.extra->objects[kScale + k])
           fail(place, "its state lacks " + quoted(scale.ptr()));
@@ -258,7 +264,7 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
     View view;
     if (read_tensor(entry.step.ptr(), &view) != Reading::kOk || !count_is_one(view) ||
         (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64) ||
-        view.device != p.device) {
+        view.device != p.device || is_negated(entry.step.ptr())) {
       fail(place, "state['step'] is not a float32 or float64 tensor of one element on its device");
     }
     entry.step_data = view.data;
@@ -287,8 +293,10 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
   }
   const auto integer = [&](ExtraSlot slot, PyObject* name) -> int64_t* {
     if (!objects[slot]) return nullptr;
-    int64_t* const data = read_integer(objects[slot].ptr());
-    check_dtype(data != nullptr, name, "an int64 tensor of one element on the CPU");
+    PyObject* const object = objects[slot].ptr();
+    int64_t* const data = read_integer(object);
+    check_dtype(data != nullptr && !is_negated(object), name,
+                "an int64 tensor of one element on the CPU");
     return data;
   };
   extras.random_state = options_of_step_.random_state && objects[kSeed];
@@ -299,7 +307,8 @@ void Stepper::check_state(Entry& entry, const Place& place, const View& p, Descr
     View view;
     const bool ok = read_tensor(objects[kScale + k].ptr(), &view) == Reading::kOk &&
                     view.device == p.device && view.dtype == DType::kFloat32 && !view.complex &&
-                    is_row_major(view) && count(view) == (count(p) + kBlock - 1) / kBlock;
+                    is_row_major(view) && count(view) == (count(p) + kBlock - 1) / kBlock &&
+                    !is_negated(objects[kScale + k].ptr());
     if (!ok) {
       fail(place, "the scale of state[" + quoted(group_states_[k]) + "] is not a float32 tensor " +
                       "with an element for each " + std::to_string(kBlock) + " of the state's");
@@ -320,6 +329,15 @@ bool Stepper::check_codes(const Entry& entry, const Place& place) {
   if (stale.empty()) return true;
   missing_.append(py::make_tuple(place.group, place.index, stale));
   return false;
+}
+
+void Stepper::replace_counters() {
+  const py::list step(1);
+  step[0] = py::handle(names().step);
+  for (const Active& active : active_) {
+    if (!entries_[active.entry].counter_stops()) continue;
+    missing_.append(py::make_tuple(active.group, active.index, step));
+  }
 }
 
 bool Stepper::arrange(Entry& entry, const Place& place, PyObject* param, const View& p,

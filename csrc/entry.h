@@ -34,6 +34,7 @@ struct Entry {
   bool known = false;  // described before, all in one shape: `shape` and `task` hold
   int64_t epoch = -1;  // when its state was found to be its own, and no one else's
   bool lacks_first = false;
+  bool negates = false;               // a gradient has been negated lazily
   bool dampens = false;               // Stepper::dampens()
   bool first_by_step = false;         // state[0] has never been written as long as its "step" is 0
   const void* param_sizes = nullptr;  // where the tensors' own C++ objects were,
@@ -66,6 +67,14 @@ struct Entry {
     } else {
       *reinterpret_cast<float*>(step_data) = float(task.step);
     }
+  }
+
+  // Whether the counter cannot hold this step's number: a float32 stops at 2^24, and would have all
+  // later steps round with the same random bits. On a device nobody reads the counter, so there it
+  // must be float64 from the first step on.
+  bool counter_stops() const {
+    return step && step_dtype == DType::kFloat32 &&
+           (device != kHost || double(float(task.step)) != task.step);
   }
 
   // Calls f(object) for everything in the state that is in use.

@@ -196,6 +196,7 @@ class GroupOptions {
     if (lr == nullptr || PyFloat_CheckExact(lr) || read_tensor(lr, &view) != Reading::kOk) return;
     const bool known = view.dtype == DType::kFloat32 || view.dtype == DType::kFloat64;
     if (view.device == kHost || !known || view.complex || count(view) != 1) return;
+    if (is_negated(lr)) return;
     rate_device_ = view.device;
     rate_ = {view.data, view.dtype};
     rate_tensor_ = py::reinterpret_borrow<py::object>(lr);
@@ -230,8 +231,7 @@ class GroupOptions {
 
   static double number(PyObject* dict, const Option& option, int group) {
     const auto text = [&] {
-      return "param group " + std::to_string(group) + ": " +
-             py::str(option.key).cast<std::string>();
+      return "param group " + std::to_string(group) + ": " + text_of(option.key.ptr());
     };
     PyObject* found = PyDict_GetItemWithError(dict, option.key.ptr());
     if (found == nullptr) throw py::key_error(text() + " is missing");
@@ -245,7 +245,7 @@ class GroupOptions {
     if (PyErr_Occurred()) {
       PyErr_Clear();
       throw py::type_error(text() + " is not " + (option.element < 0 ? "a number" : "of numbers") +
-                           ": " + py::repr(found).cast<std::string>());
+                           ": " + text_of(py::repr(found).ptr()));
     }
     return number;
   }

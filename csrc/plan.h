@@ -98,7 +98,8 @@ enum class NormType : uint8_t { kNone, kTwo, kInfinity };
 
 // What a norm is made of (norm.h), and what else was seen on the way.
 struct Norm {
-  double total = 0;             // the squares' sum, or the largest magnitude
+  double total = 0;             // the squares' sum, or the largest magnitude,
+  double scale = 1;             // of gradients times this, a power of two
   int64_t nonfinite_task = -1;  // the first whose gradient holds nan or inf; -1: none
 };
 

@@ -51,6 +51,10 @@ bool find_dtype(uint8_t code, int bits, DType* dtype) {
   return false;
 }
 
+bool asks(PyObject* tensor, const char* method) {
+  return py::handle(tensor).attr(method)().cast<bool>();
+}
+
 }  // namespace
 
 void bind_torch(py::object tensor_type, py::object parameter_type) {
@@ -129,9 +133,16 @@ void* current_stream(int device) {
   return stream;
 }
 
-bool is_lazy(PyObject* tensor) {
-  const py::handle t(tensor);
-  return t.attr("is_conj")().cast<bool>() || t.attr("is_neg")().cast<bool>();
+bool is_negated(PyObject* tensor) { return asks(tensor, "is_neg"); }
+
+bool is_lazy(PyObject* tensor) { return asks(tensor, "is_conj") || is_negated(tensor); }
+
+std::string text_of(PyObject* object) {
+  const py::str text{py::handle(object)};
+  const auto bytes = py::reinterpret_steal<py::object>(
+      PyUnicode_AsEncodedString(text.ptr(), "utf-8", "backslashreplace"));
+  if (!bytes) throw py::error_already_set();
+  return {PyBytes_AS_STRING(bytes.ptr()), size_t(PyBytes_GET_SIZE(bytes.ptr()))};
 }
 
 std::string shape_text(const View& view) {

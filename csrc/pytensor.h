@@ -36,8 +36,13 @@ PyObject* read_grad(PyObject* param);
 // Sets the parameter's gradient to None.
 void drop_grad(PyObject* param);
 
-// True for a conjugated or negated view, whose memory holds other numbers than it stands for.
+// True for a negated view, whose memory holds other numbers than it stands for; or a conjugated
+// one.
+bool is_negated(PyObject* tensor);
 bool is_lazy(PyObject* tensor);
+
+// str() of an object, for messages; what UTF-8 has no form for is escaped.
+std::string text_of(PyObject* object);
 
 std::string shape_text(const View& view);
 

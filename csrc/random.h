@@ -18,6 +18,12 @@ FUSEDOPT_ELEMENT inline uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// A step's number for the key. (A counter may have been set to anything: what cannot be told apart
+// as an integer is 0.)
+FUSEDOPT_HD inline uint64_t step_number(double step) {
+  return step > -0x1p63 && step < 0x1p63 ? uint64_t(int64_t(step)) : 0;
+}
+
 // `stream` tells apart the random numbers that one step needs for different purposes; `block` is
 // the upper half of the pair's index.
 FUSEDOPT_ELEMENT inline RandomKey random_key(uint64_t seed, uint64_t step, uint32_t stream,

@@ -112,7 +112,7 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     created_ = created;
     window_ = window;
     accumulate_ = accumulate;
-    has_grads_ = false;
+    has_grads_ = counters_stop_ = false;
     groups_.clear();
     state_items_.clear();
     state_ = state;
@@ -127,6 +127,7 @@ py::object Stepper::gather(const py::dict& attributes, bool created, bool window
     }
     find_overlaps();
     if (overlaps_.any()) set_aside_overlaps();
+    if (counters_stop_ && !accumulate_) replace_counters();
     has_host_ = false;
     for (const Active& active : active_) {
       const int device = entries_[active.entry].device;
@@ -182,7 +183,8 @@ void Stepper::prepare(double divisor, const py::dict& grad_scale, const py::dict
     View view;
     const py::object tensor = tensors[py::int_(device)];
     if (read_tensor(tensor.ptr(), &view) != Reading::kOk || view.device != device ||
-        view.dtype != DType::kFloat32 || view.complex || count(view) != 1) {
+        view.dtype != DType::kFloat32 || view.complex || count(view) != 1 ||
+        is_negated(tensor.ptr())) {
       throw py::type_error("grad_scale or found_inf is not a number in float32 on its device");
     }
     return reinterpret_cast<const float*>(view.data);
@@ -224,7 +226,7 @@ py::list Stepper::measure(int threads) {
     clip();
   } else if (has_host_) {
     DeviceControl* const control = host_control();
-    control->total = norm_.total;
+    control->total = norm_.total / norm_.scale / norm_.scale;  // as devices have it
     control->nonfinite = norm_.nonfinite_task < 0 ? 0 : kFirstPlace - norm_.nonfinite_task;
     reports.append(host_report_);
   }
@@ -246,7 +248,7 @@ void Stepper::finish_measure() {
   }
   if (!has_host_) return;
   const DeviceControl* const control = host_control();
-  norm_.total = control->total;
+  norm_.total = control->total, norm_.scale = 1;
   norm_.nonfinite_task = control->nonfinite == 0 ? -1 : int64_t(kFirstPlace - control->nonfinite);
   clip();
 }
@@ -257,7 +259,8 @@ void Stepper::clip() {
 }
 
 double Stepper::norm() const {
-  return base::norm_of(options_of_step_.norm_type, norm_.total, plan_.stages.grad_multiplier);
+  return base::norm_of(options_of_step_.norm_type, norm_.total, plan_.stages.grad_multiplier) /
+         norm_.scale;
 }
 
 py::dict Stepper::reports() const {
@@ -422,7 +425,7 @@ std::string Stepper::describe_place(const Place& place) {
       "parameter " + std::to_string(place.index) + " of group " + std::to_string(place.group);
   PyObject* names = PyDict_GetItemString(place.group_dict, "param_names");
   if (names != nullptr && PyList_Check(names) && place.index < PyList_GET_SIZE(names)) {
-    text += " (" + py::str(PyList_GET_ITEM(names, place.index)).cast<std::string>() + ")";
+    text += " (" + text_of(PyList_GET_ITEM(names, place.index)) + ")";
   }
   return text;
 }
@@ -503,6 +506,7 @@ void Stepper::gather_param(const Place& place, PyObject* param) {
   if (entry.task.group != place.group) described_ = true;
   entry.task.group = place.group;
   if (entry.step && entry.device == kHost) entry.task.step = entry.read_step() + 1;
+  counters_stop_ |= entry.counter_stops();
   double& rate = groups_.back().hyper[0];
   if (options.rate_device() != kHost && options.rate_device() != entry.device && rate != rate) {
     rate = options.read_rate();
@@ -554,13 +558,16 @@ bool Stepper::is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
     if (read_tensor(grad, &g) != Reading::kOk) return false;
     if (!entry.shape.matches(g) || g.complex || !is_float(g.dtype)) return false;
     if (g.device != p.device) return false;
+    const uintptr_t ahead = uintptr_t(g.data) - uintptr_t(p.data);
+    const auto reaches = [&](DType dtype) { return uint64_t(entry.task.numel * item_size(dtype)); };
+    if (ahead < reaches(p.dtype) || -ahead < reaches(g.dtype)) return false;  // it is overwritten
     if (g.dtype != entry.task.grad.dtype || entry.task.grad.layout != nullptr) described_ = true;
     entry.grad_sizes = g.size;
     entry.task.grad = {g.data, g.dtype, nullptr};
   } else {
     entry.task.grad.data = nullptr;
   }
-  if (p.data != entry.task.param.data) described_ = true;  // it may overlap another one now
+  if (p.data != entry.task.param.data) described_ = true;  // it may overlap others now
   entry.param_sizes = p.size;
   entry.task.param.data = p.data;
   entry.task.first = entry.first_by_step;
@@ -596,18 +603,29 @@ void Stepper::find_overlaps() {
         if (operand->data == nullptr) continue;
         overlaps_.add(operand->data, bytes(*operand, task.numel), active.entry);
       }
+      const int64_t n_blocks = (task.numel + kBlock - 1) / kBlock;
+      for (const float* scale : extras->scale) {
+        if (scale != nullptr) overlaps_.add(scale, n_blocks * sizeof(float), active.entry);
+      }
     }
     if (entry.step) overlaps_.add(entry.step_data, item_size(entry.step_dtype), active.entry);
   }
-  overlaps_.find(entry_ + 1);
-  described_ = false;
+  const bool moved = overlaps_.find(entry_ + 1);
+  // Gradients seldom lie where they did; so those are looked at that are new in other respects,
+  // too.
+  for (const Active& active : active_) {
+    const Task& task = entries_[active.entry].task;
+    if (accumulate_ || !(moved || active.described) || task.grad.data == nullptr) continue;
+    overlaps_.add_reader(task.grad.data, bytes(task.grad, task.numel), active.entry);
+  }
+  described_ = overlaps_.any_reader();
 }
 
 void Stepper::set_aside_overlaps() {
   const auto overlaps = [&](const Active& active) {
     if (!overlaps_.has(active.entry)) return false;
-    fallback_.append(
-        py::make_tuple(active.group, active.index, "parameters or state that share memory"));
+    fallback_.append(py::make_tuple(active.group, active.index,
+                                    "parameters, state or gradients that share memory"));
     return true;
   };
   active_.erase(std::remove_if(active_.begin(), active_.end(), overlaps), active_.end());

@@ -274,7 +274,7 @@ class Stepper {
     return half && !p.complex ? options_of_step_.weight_precision : WeightPrecision::kNearest;
   }
 
-  static std::string quoted(PyObject* name) { return py::repr(name).cast<std::string>(); }
+  static std::string quoted(PyObject* name) { return text_of(py::repr(name).ptr()); }
 
   // Blocks of 8-bit state are runs of its memory, so it has to lie as its parameter does. False
   // when the parameter lies otherwise than when the state was made.
@@ -295,6 +295,9 @@ class Stepper {
 
   // torch updates one parameter after the other, so it can take these.
   void set_aside_overlaps();
+
+  // Has counters made anew that would stop. (Not those that several parameters share.)
+  void replace_counters();
 
   bool has_state(int rule, size_t state) const {
     const int flag = family_->states[state].flag;
@@ -352,6 +355,7 @@ class Stepper {
   uint64_t window_capture_ = 0;  // the graph that has recorded the window's first accumulate()
   bool accumulate_ = false;
   bool has_grads_ = false;
+  bool counters_stop_ = false;  // that of any parameter
   bool has_host_ = false;
   bool described_ = false;  // something may lie elsewhere than when overlaps were last looked for
   bool busy_ = false;

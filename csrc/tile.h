@@ -244,7 +244,7 @@ FUSEDOPT_HD inline void update_tile(const Memory& memory, const Task& task, cons
   if (stages.shrink != 0) shrink(p, stages.shrink, memory.length());
   if (extras != nullptr && extras->ema.data != nullptr) {
     T* const ema = memory.open(extras->ema, gradients);
-    update_average(Average<T>{ema, stages.ema_weight}, p, memory.length());
+    update_average(Average<T>(ema, stages.ema_weight), p, memory.length());
     memory.close(extras->ema, ema);
   }
   close_weights(memory, task, stages.step, p);

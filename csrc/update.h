@@ -39,7 +39,7 @@ struct TileStages {
         limit(T(stages.max_grad_value)),
         factor(T(stages.clip_coefficient * group.sign)),
         shrink(T(group.l1 * group.hyper[0])),
-        step(uint64_t(step)) {
+        step(step_number(step)) {
     // The warm-up of TensorFlow's ExponentialMovingAverage.
     const double warm = (1 + step) / (10 + step);
     const double decay = stages.ema_warmup && warm < stages.ema_decay ? warm : stages.ema_decay;
@@ -125,14 +125,19 @@ struct CodedStates {
   }
 };
 
-// The exponential moving average of the weights.
+// The exponential moving average of the weights. A weight of -inf, as a mask has, is its own
+// average: where infinities leave interpolate() without a difference, the mean is their sum.
 template <class T>
 struct Average {
   T* ema;
-  T weight;  // of the new one
+  T weight;      // of the new one
+  Gate<T> past;  // whether the old average counts
+
+  FUSEDOPT_HD Average(T* ema, T weight) : ema(ema), weight(weight), past(weight != 1) {}
 
   FUSEDOPT_ELEMENT void operator()(int64_t i, T p) const {
-    ema[i] = interpolate(ema[i], p, weight);
+    const T mean = interpolate(ema[i], p, weight);
+    ema[i] = mean == mean ? mean : p + past(ema[i]);
   }
 };
 

@@ -47,6 +47,7 @@ from fusedopt.state import (
     like,
     rule_values,
     whole_weight,
+    wide_counter,
     wide_dtype,
 )
 
@@ -633,12 +634,17 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """A new entry of a parameter's state, with what it needs beside it."""
         if name == "step":
-            if isinstance(state.get(name), Tensor):  # on another device, or in another dtype
-                return {name: counter(state[name], param.device)}
+            step = state.get(name)
+            if isinstance(step, Tensor):
+                if step.device != param.device:
+                    return {name: counter(step, param.device)}
+                # In a dtype that cannot count on. Others may hold it, or share it.
+                step.data = wide_counter(step)
+                return {name: step}
             # A stock optimizer that does not count has left momentum: that was one step or more.
             names = kernels.family_states(self._family)
             counted = any(state.get(name) is not None for name in names)
-            dtype = self._step_dtype(group)
+            dtype = self._step_dtype(param, group)
             return {name: torch.full((), float(counted), dtype=dtype, device=param.device)}
         if name == "seed":
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
@@ -676,7 +682,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             for param in group["params"]:
                 state = self.__dict__["state"].get(param, {})
                 if device.on_device(param) and "step" in state:
-                    state["step"] = state["step"].to(param.device)
+                    dtype = self._step_dtype(param, group)
+                    state["step"] = state["step"].to(param.device, dtype)
                 if self._rule_dtype(param) is not None and device.has_kernels(param):
                     for name in names & state.keys():
                         state.update(self._new_entries(param, group, {}, name))
@@ -739,7 +746,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         self._idle_averages = self._idle_averages or idle_averages
 
     @staticmethod
-    def _step_dtype(group: dict[str, Any]) -> torch.dtype:
+    def _step_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        if device.on_device(param):  # where nobody sees a float32 stop at 2^24
+            return torch.float64
         # As stock: fused optimizers count in float32, the others in the default dtype.
         default = torch.get_default_dtype()
         return (

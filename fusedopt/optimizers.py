@@ -71,7 +71,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         # someone has dropped takes the counter with it.
         starts = state.get("momentum_buffer") is None and group["momentum"] and group["dampening"]
         if "step" in {name, *state} and starts and device.on_device(param):
-            zero = torch.zeros((), dtype=self._step_dtype(group), device=param.device)
+            zero = torch.zeros((), dtype=self._step_dtype(param, group), device=param.device)
             entries["step"] = zero
         return entries
 

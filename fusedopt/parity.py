@@ -190,15 +190,14 @@ def ulp(x: Tensor, eps: float, tiny: float) -> Tensor:
 def as_stock_counts(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as ours has it, with its counter as and where stock's has it.
 
-    On a device ours are there, too, and SGD with dampening has one.
+    On a device ours are there, too, in float64, and SGD with dampening has one.
     """
     mine = dict(mine)
     step = mine.get("step")
-    if isinstance(step, Tensor):
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        del mine["step"]
         if isinstance(theirs.get("step"), Tensor):
-            mine["step"] = step.to(theirs["step"].device)
-        elif step.device.type != "cpu":
-            del mine["step"]
+            mine["step"] = step.to(theirs["step"])
     return mine
 
 

@@ -71,13 +71,18 @@ def _check_shape(param: Tensor, value: Tensor, name: str) -> None:
         )
 
 
+def wide_counter(step: Tensor) -> Tensor:
+    """A counter in float64, from one of any dtype."""
+    if step.is_complex() or step.numel() != 1:
+        raise ValueError(f"state['step'] is not a number: {shown(step)}")
+    return step.double()
+
+
 def counter(step: Tensor, device: torch.device) -> Tensor:
-    """A counter as the kernels keep it, from one of any dtype."""
-    if step.dtype not in (torch.float32, torch.float64):
-        if step.is_complex() or step.numel() != 1:
-            raise ValueError(f"state['step'] is not a number: {step!r}")
-        step = step.to(torch.float32)
-    return step.to(device)
+    """A counter as it is kept on a device: float64, or on the CPU as stock has it in float32."""
+    if device.type == "cpu" and step.dtype in (torch.float32, torch.float64):
+        return step.to(device)
+    return wide_counter(step).to(device)
 
 
 def check(param: Tensor, state: dict[str, Any], squares: dict[str, bool]) -> None:

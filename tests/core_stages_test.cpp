@@ -1199,7 +1199,7 @@ std::vector<ChunkNorm> measure(const Kernels* kernels, const Step& step, NormTyp
   std::vector<int> times(first.back());
   const auto run = [&](int64_t task, int64_t from, int64_t to) {
     std::vector<ChunkNorm> out(first.back(), ChunkNorm{-1, false});
-    kernels->measure(plan, type, first.data(), task, from, to, out.data());
+    kernels->measure(plan, type, 1, first.data(), task, from, to, out.data());
     for (size_t c = 0; c < out.size(); ++c) {
       if (out[c].value == -1) continue;
       all[c] = out[c];

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    DEVICE,
     SETTLED,
     classes,
     every_class,
@@ -276,3 +277,77 @@ def test_skipped_step_draws_nothing_and_warms_nothing_up() -> None:
             ours.step()
         runs.append((params, [dict(ours.state[p]) for p in params]))
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+# --- Doubles whose squares are none -------------------------------------------------------------
+
+on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a device sums squares up as they are")
+
+
+@on_the_cpu
+@pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-155, 1e-100, 1e153, 1e155, 1e200, 1e300])
+def test_norm_of_doubles_of_all_magnitudes(size: float) -> None:
+    """Where their squares' sum is zero or infinite, too; to the last bits, with any threads."""
+    numbers = torch.randn(300_000, dtype=torch.float64)
+    numbers[:1000] *= 1e-12
+    expected = (numbers * size / size).norm().item() * size
+    p, single = Parameter(torch.zeros_like(numbers)), Parameter(torch.zeros(2))
+    norms, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ours = fusedopt.SGD([single, p], lr=1.0, max_grad_norm=size, nonfinite="skip")
+            p.grad, single.grad = numbers * size, torch.zeros(2)
+            ours.step()
+            norms.append(ours.grad_norm.item())
+    finally:
+        torch.set_num_threads(before)
+    assert norms == norms[:1] * 3
+    assert norms[0] == pytest.approx(expected, rel=1e-14, abs=1e-322)
+    if size >= 1e-150:  # below, clip_grad_norm_'s own 1e-6 is all that counts
+        change = -(numbers * size) * (size / (norms[0] + 1e-6)) * 3
+        torch.testing.assert_close(p.detach(), change, rtol=1e-12, atol=0)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("size", [1e-250, 1e250])
+def test_norm_of_such_doubles_after_unscaling(size: float) -> None:
+    p = Parameter(torch.zeros(3, dtype=torch.complex128))
+    ours = fusedopt.SGD([p], lr=0.0, max_grad_norm=1.0)
+    ours.grad_divisor = 65536.0
+    p.grad = torch.full_like(p, size * (3 + 4j))
+    ours.accumulate()
+    p.grad = torch.full_like(p, size * (3 + 4j))
+    ours.step()
+    expected = 2 * 5 * size * math.sqrt(3) / 65536
+    assert ours.grad_norm.item() == pytest.approx(expected, rel=1e-15, abs=0)
+
+
+@on_the_cpu
+def test_norm_of_floats_beside_such_doubles() -> None:
+    p, q = Parameter(torch.zeros(4, dtype=torch.float64)), Parameter(torch.zeros(9))
+    ours = fusedopt.SGD([p, q], lr=0.0, max_grad_norm=1.0)
+    for size in (1e-250, 1e-30, 1.0, 1e30, 1e250):
+        p.grad, q.grad = torch.full_like(p, size), torch.full_like(q, 2.0)
+        ours.step()
+        expected = math.hypot(2 * size, 6.0)
+        assert ours.grad_norm.item() == pytest.approx(expected, rel=1e-14, abs=0)
+    p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    ours.step()
+    assert ours.grad_norm == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@table("norm", {"alone": {}, "two": {"max_grad_norm": 1.0}, "value": {"max_grad_value": 1.0}})
+def test_finite_gradients_whose_sum_is_not(dtype: torch.dtype, norm: dict[str, Any]) -> None:
+    """What counts is what the rule would get."""
+    p = Parameter(torch.ones(5, dtype=dtype))
+    ours = fusedopt.SGD([p], lr=1.0, nonfinite="skip", **norm)
+    largest = torch.finfo(dtype).max
+    for _ in range(2):
+        p.grad = torch.full_like(p, largest)
+        ours.accumulate()
+    ours.step()
+    assert ours.skipped_steps == 1
+    assert not math.isfinite(ours.grad_norm)
+    assert torch.equal(p.detach(), torch.ones_like(p))

@@ -168,6 +168,8 @@ def test_same_as_on_the_cpu(case: Case) -> None:
         ):
             torch.testing.assert_close(p.cpu(), q)
             for name, value in expected.items():
+                if name == "step":  # a device counts in doubles
+                    value = value.double()
                 torch.testing.assert_close(state[name].cpu(), value)
         assert ours.grad_norm.device.type == DEVICE.type
         norms = float(ours.grad_norm), float(reference.grad_norm)

@@ -112,7 +112,7 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_rows": lambda v: expanded(v, slice(1)).expand(v.shape),
     "expanded_columns": lambda v: expanded(v, slice(-1, None)).expand(v.shape),
 }
-# A lazily negated tensor of more than one element is half of a complex one, and so has gaps.
+# Half of a complex tensor may be negated lazily, and has gaps.
 REAL_GRADIENTS = {
     **GRADIENTS,
     "negated": lambda v: torch._neg_view(place(-v, steps=[2] * v.dim())),
@@ -174,7 +174,11 @@ def check(
         assert_same(ours, train(case.stock(make(shapes, dtype, layout)), dtype, gradients))
 
 
-@table("gradient", REAL_GRADIENTS)
+# Without gaps, only a function of torch's own makes one; a settled step does not look for it.
+NEGATED = {"negated_without_gaps": lambda v: torch._neg_view(place(-v))}
+
+
+@table("gradient", {**REAL_GRADIENTS, **NEGATED})
 @table("layout", LAYOUTS)
 @classes("Adam")
 def test_float32(case: Case, layout: Callable, gradient: Callable) -> None:
@@ -228,6 +232,7 @@ def test_a_negated_gradient_from_autograd(case: Case) -> None:
 
 
 LAZY = {
+    **NEGATED,
     "negated": lambda v: torch._neg_view(place(-v, steps=[2] * v.dim())),
     "conjugated": lambda v: v.conj().resolve_conj().conj(),
     "imaginary_part_of_conjugate": lambda v: torch.complex(v.real, -v.real).conj().imag,
@@ -259,6 +264,43 @@ def test_lazily_negated_or_conjugated_parameters(
         assert results[0] == results[1]
     else:
         torch.testing.assert_close(*results)
+
+
+@table("settled", {"at_first": 0, "later": SETTLED})
+@every_class
+@pytest.mark.filterwarnings("ignore:.*to torch's own")
+def test_lazily_negated_state(case: Case, settled: int) -> None:
+    twins = Twins(case, lambda: make([(4, 3), (5,)], torch.float32, place)).step(settled + 1)
+
+    def negate(optimizer: Optimizer, params: list[Tensor]) -> None:
+        for name in state_names(optimizer, params[0]):
+            optimizer.state[params[0]][name] = torch._neg_view(-optimizer.state[params[0]][name])
+
+    twins.each(negate)
+    twins.step(3)
+
+
+def test_lazily_negated_gradients_are_accumulated() -> None:
+    p = Parameter(torch.zeros(5))
+    optimizer = fusedopt.SGD([p], lr=1.0)
+    for _ in range(2):
+        for _ in range(2):
+            p.grad = torch._neg_view(torch.full((5,), 3.0))
+            optimizer.accumulate()
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((5,), 6.0))
+
+
+@pytest.mark.parametrize("name", ["step", "seed", "exp_avg_scale"])
+def test_lazily_negated_numbers_beside_the_state_are_refused(name: str) -> None:
+    p = Parameter(torch.zeros(5))
+    optimizer = fusedopt.Adam([p], state_dtype=torch.uint8)
+    p.grad = torch.ones(5)
+    optimizer.step()
+    state = optimizer.state[p]
+    state[name] = torch._neg_view(-state[name])
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0: .*(state|scale).* is not a"):
+        optimizer.step()
 
 
 # --- Random ------------------------------------------------------------------------------------

@@ -671,3 +671,151 @@ def test_scales_do_not_follow_the_default_dtype() -> None:
         assert optimizer.state[param]["exp_avg_scale"].dtype == torch.float32
     finally:
         torch.set_default_dtype(before)
+
+
+# --- Step counters --------------------------------------------------------------------------------
+
+END = 2**24  # where a float32 counter stops: the next number is not one
+
+
+def set_counters(optimizer: Any, count: float, dtype: torch.dtype = torch.float32) -> None:
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(count, dtype=dtype, device=state["step"].device)
+
+
+def drift(start: float, **options: Any) -> Tensor:
+    """Where weights or averages are after 200 steps from a counter, when rounding decides."""
+    torch.manual_seed(0)
+    if "weight_precision" in options:
+        p = Parameter(torch.full((512,), 1.0, dtype=BF16))
+        ours = fusedopt.SGD([p], lr=2**-9, **options)
+        p.grad = torch.full_like(p, -1.0)
+    else:  # of the averages of squares, not their scale's owner
+        p = Parameter(torch.zeros(512))
+        ours = fusedopt.Adam([p], lr=0.0, **options)
+        p.grad = torch.full_like(p, 0.5)
+        p.grad[::256] = 1.0
+    ours.step()
+    set_counters(ours, start)
+    for _ in range(200):
+        ours.step()
+    moved = p.detach() if p.dtype == BF16 else ours.state_dict()["state"][0]["exp_avg_sq"]
+    return moved.double()[1:256]
+
+
+@table(
+    "options",
+    {
+        "weights": {"weight_precision": "stochastic"},
+        "bfloat16": {"state_dtype": BF16},
+        "8_bits": {"state_dtype": torch.uint8},
+    },
+)
+def test_random_bits_differ_in_all_steps_of_long_runs(options: dict[str, Any]) -> None:
+    """Were they the same from some step on, each element would round one way for ever."""
+    early, late = drift(1, **options), drift(END - 3, **options)
+    assert early.std() > 0
+    assert 0.7 < late.std() / early.std() < 1.4
+    assert abs(late.mean() - early.mean()) < 0.3 * early.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@table(
+    "case",
+    {
+        "Adam": Case("Adam", {"lr": 0.01, "betas": (0.9, 1 - 1e-8)}),
+        "AdamW": Case("AdamW", {"lr": 0.01, "betas": (1 - 1e-7, 1 - 1e-8)}),
+        "Adagrad": Case("Adagrad", {"lr": 0.5, "lr_decay": 1.0}),
+    },
+)
+def test_counters_count_as_doubles_do(case: Case, dtype: torch.dtype) -> None:
+    """Stock's numbers when its counters are doubles, whatever ours were at first."""
+    params = make_params(dtype=torch.float64)
+    ours = case.ours(params)
+    stock_params = [Parameter(p.detach().clone()) for p in params]
+    stock = case.stock(stock_params)
+    for optimizer, own in ((ours, params), (stock, stock_params)):
+        train(optimizer, own, range(1))
+        mine = optimizer is ours
+        set_counters(optimizer, END - 3, dtype if mine else torch.float64)
+        train(optimizer, own, range(1, 61))
+    torch.testing.assert_close(params, stock_params, rtol=1e-13, atol=1e-13)
+    assert {ours.state[p]["step"].item() for p in params} == {END + 57}
+
+
+def test_ema_warmup_goes_on_in_long_runs() -> None:
+    p = Parameter(torch.zeros(3, dtype=torch.float64))
+    ours = fusedopt.SGD([p], lr=1.0, ema_decay=1 - 1e-9, ema_warmup=True)
+    p.grad = torch.full_like(p, -1.0)
+    ours.step()
+    set_counters(ours, END - 3)
+    ours.state[p]["ema"].zero_()
+    expected = 0.0
+    for t in range(END - 2, END + 60):
+        ours.step()
+        expected += (p[0].item() - expected) * 9 / (10 + t)
+    assert ours.state[p]["ema"][0].item() == pytest.approx(expected, rel=1e-8)
+
+
+@classes("Adam", "Adagrad", "RMSprop")
+def test_checkpoint_of_a_long_run(case: Case) -> None:
+    """Stock goes on from it, and so do we, to the bit."""
+    params = make_params()
+    ours = case.ours(params, state_dtype=BF16 if case.name == "Adam" else None)
+    train(ours, params, range(1))
+    set_counters(ours, END - 1)
+    train(ours, params, range(1, 4))
+    saved = copy.deepcopy(ours.state_dict())
+    again, others = ([Parameter(p.detach().clone()) for p in params] for _ in range(2))
+    resumed, stock = case.ours(again, state_dtype=ours.state_dtype), case.stock(others)
+    for optimizer, own in ((resumed, again), (stock, others)):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        counters = [optimizer.state[p]["step"] for p in own]
+        assert {(c.dtype, c.item()) for c in counters} == {(torch.float64, END + 2)}
+        train(optimizer, own, range(4, 6))
+        assert {optimizer.state[p]["step"].item() for p in own} == {END + 4}
+    train(ours, params, range(4, 6))
+    torch.testing.assert_close(contents_of(resumed), contents_of(ours), rtol=0, atol=0)
+
+
+def test_a_held_counter_goes_on() -> None:
+    params = make_params()
+    ours = fusedopt.Adam(params)
+    train(ours, params, range(1))
+    set_counters(ours, END - 1)
+    held = [ours.state[p]["step"] for p in params]
+    train(ours, params, range(1, 4))
+    assert {counter.item() for counter in held} == {END + 2}
+    held[0].fill_(7)
+    train(ours, params, range(4, 5))
+    assert [ours.state[p]["step"].item() for p in params] == [8, *[END + 3] * (len(params) - 1)]
+
+
+def test_counters_that_several_parameters_share_stay_shared() -> None:
+    params = make_params([(3,), (3,)])
+    ours = fusedopt.Adam(params)
+    train(ours, params, range(1))
+    counter = torch.tensor(float(END - 4))
+    for p in params:
+        ours.state[p]["step"] = counter
+    with pytest.warns(UserWarning, match="share memory"):
+        train(ours, params, range(1, 2))
+    assert counter.item() == END - 2
+
+
+@pytest.mark.parametrize("count", [-7.0, 0.5, -1e300, 1e300, math.inf, math.nan], ids=str)
+def test_counters_set_to_what_no_steps_are(count: float) -> None:
+    """Only random bits depend on it here; they differ from step to step where the counter does."""
+    p = Parameter(torch.full((4096,), 1.0, dtype=BF16))
+    ours = fusedopt.SGD([p], lr=2**-9, weight_precision="stochastic")
+    p.grad = torch.full_like(p, -1.0)
+    ours.step()
+    set_counters(ours, count, torch.float64)
+    ups = []
+    for _ in range(3):
+        p.data.fill_(1.0)
+        ours.step()
+        ups.append(p.detach() > 1)
+        assert abs(ups[-1].double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 4096)
+    counts = math.isfinite(count) and abs(count) < 2**53
+    assert all(torch.equal(up, ups[0]) != counts for up in ups[1:])

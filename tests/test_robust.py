@@ -206,3 +206,176 @@ def test_where_there_are_no_kernels_torch_does_as_it_would(
     with pytest.warns(UserWarning, match="leaves 1 parameter"):
         optimizer.step()
     assert seen == [{"foreach": how.get("foreach"), "fused": None}]
+
+
+NUMBERS = [-torch.inf, 0.0, 1.5, torch.inf, torch.nan]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_infinite_weights_have_infinite_averages(dtype: torch.dtype, decay: float) -> None:
+    """Each number after each other: the mean, not what its difference makes of it."""
+    first = torch.tensor(NUMBERS, dtype=dtype).repeat_interleave(len(NUMBERS))
+    then = torch.tensor(NUMBERS, dtype=dtype).repeat(len(NUMBERS))
+    p = torch.nn.Parameter(first.repeat(40))  # more than vectors' ends
+    optimizer = fusedopt.SGD([p], lr=0.0, ema_decay=decay)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    averages = [optimizer.state[p]["ema"].clone()]
+    p.data.copy_(then.repeat(40))
+    optimizer.step()
+    averages.append(optimizer.state[p]["ema"])
+    mean = then if decay == 0 else decay * first.double() + (1 - decay) * then.double()
+    for average, expected in zip(averages, (first, mean), strict=True):
+        expected = expected.repeat(40).to(average.dtype)
+        torch.testing.assert_close(average, expected, equal_nan=True)
+
+
+def test_mask_of_minus_inf_is_its_own_average() -> None:
+    """Beside weights that are trained, whatever the rule and the warm-up."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -torch.inf] * 300))
+    optimizer = fusedopt.AdamW([p], lr=0.1, ema_decay=0.99, ema_warmup=True)
+    for _ in range(5):
+        p.grad = torch.tensor([1.0, 0.0] * 300)
+        optimizer.step()
+    ema = optimizer.state[p]["ema"]
+    assert (ema[1::2] == -torch.inf).all()
+    assert ema[::2].isfinite().all()
+
+
+# --- Memory that is shared ------------------------------------------------------------------------
+
+RULES = {
+    "Adam": {"weight_decay": 0.1},
+    "AdamW": {"weight_decay": 0.5, "eps": 1.0},
+    "SGD": {"momentum": 0.9, "weight_decay": 0.1},
+    "RMSprop": {"weight_decay": 0.1},
+    "Adagrad": {},
+}
+
+
+def own(params: list[Tensor], state: dict[str, Tensor]) -> None:
+    params[0].grad = params[0].detach().view_as(params[0])
+
+
+def own_part(params: list[Tensor], state: dict[str, Tensor]) -> None:
+    memory = torch.linspace(1, 2, 2001)
+    params[0].data, params[0].grad = memory[1:], memory[:-1]
+
+
+def of_another(params: list[Tensor], state: dict[str, Tensor]) -> None:
+    params[0].grad, params[1].grad = params[1].detach(), params[0].detach()[:]
+
+
+def of_state(params: list[Tensor], state: dict[str, Tensor]) -> None:
+    params[1].grad = next(v for n, v in state.items() if v.shape == params[0].shape)[:]
+
+
+SHARING = {f.__name__: f for f in (own, own_part, of_another, of_state)}
+
+
+@pytest.mark.parametrize("settled", [0, 5], ids=["at_first", "later"])
+@pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:.*to torch's own")
+def test_gradients_in_memory_that_the_step_writes(name: str, share: Any, settled: int) -> None:
+    """As stock's for-loop: its numbers, or its refusal."""
+    results = []
+    for module in (fusedopt, torch.optim):
+        options = RULES[name] if module is fusedopt else {**RULES[name], "foreach": False}
+        params = [torch.nn.Parameter(torch.linspace(1, i + 2, 2000)) for i in range(2)]
+        optimizer = getattr(module, name)(params, lr=0.1, **options)
+        try:
+            for step in range(settled + 4):
+                for i, p in enumerate(params):
+                    p.grad = torch.linspace(0.1, i + 1, 2000)
+                if step >= max(settled, 1):
+                    if step == settled:  # else a settled step looks at few gradients' places
+                        params[0].data = params[0].data.clone()
+                    share(params, vars(optimizer)["state"][params[0]])
+                optimizer.step()
+            results.append([p.detach().clone() for p in params])
+        except RuntimeError as error:
+            results.append(str(error))
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+    else:
+        torch.testing.assert_close(*results)
+
+
+def test_gradients_may_share_memory_with_each_other() -> None:
+    params = [torch.nn.Parameter(torch.ones(6)) for _ in range(3)]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    grads = torch.ones(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for i, p in enumerate(params):
+                p.grad = grads[i : i + 6]
+            optimizer.step()
+    torch.testing.assert_close(params[2].detach(), torch.full((6,), 0.7))
+
+
+def test_only_those_are_left_to_torch_whose_memory_is_shared() -> None:
+    """And only as long as it is."""
+    params = [torch.nn.Parameter(torch.ones(6)) for _ in range(4)]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(6)
+    params[1].grad = params[2].detach()
+    with pytest.warns(UserWarning, match=r"leaves 2 parameter.*gradients that share memory"):
+        optimizer.step()
+    torch.testing.assert_close(params[1].detach(), torch.full((6,), 0.9))
+    params[1].grad = torch.ones(6)
+    optimizer.max_grad_norm = torch.inf  # refuses what torch has to take
+    for _ in range(3):
+        optimizer.step()
+
+
+def test_accumulated_gradients_may_be_the_parameters() -> None:
+    """accumulate() does not write those."""
+    p = torch.nn.Parameter(torch.full((6,), 2.0))
+    optimizer = fusedopt.SGD([p], lr=0.1)
+    p.grad = p.detach()
+    optimizer.accumulate()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((6,), 1.8))
+
+
+def test_scales_that_parameters_share() -> None:
+    params = [torch.nn.Parameter(torch.ones(6)) for _ in range(2)]
+    optimizer = fusedopt.Adam(params, state_dtype=torch.uint8)
+    for p in params:
+        p.grad = torch.ones(6)
+    optimizer.step()
+    first, second = (optimizer.state[p] for p in params)
+    second["exp_avg_scale"] = first["exp_avg_scale"]
+    with pytest.raises(RuntimeError, match="share memory; state_dtype"):
+        optimizer.step()
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def test_names_that_are_no_text_are_told_in_escapes() -> None:
+    """As file names that do not decode have lone surrogates."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([("layer\udcff", p)], lr=0.1)
+    p.grad = torch.full((3,), torch.nan)
+    optimizer.nonfinite = "raise"
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \(layer\\udcff\): its grad"):
+        optimizer.step()
+
+
+class Odd:
+    def __repr__(self) -> str:
+        return "odd\ud800"
+
+
+def test_options_that_show_as_no_text() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0]["momentum"] = Odd()
+    with pytest.raises(TypeError, match=r"param group 0: momentum is not a number: odd\\ud800"):
+        optimizer.step()
