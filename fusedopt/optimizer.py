@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
 import sys
@@ -78,6 +79,15 @@ def _unshared(tensor: Tensor) -> bool:
 def _is_of_torch(frame: FrameType) -> bool:
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     return package in ("torch", "fusedopt")
+
+
+def _clipping_before(frame: FrameType) -> str | None:
+    """The first function that clips gradients which a frame names before the point it is at."""
+    names = {"clip_grad_norm_", "clip_grad_value_"} & set(frame.f_code.co_names)
+    for instruction in dis.get_instructions(frame.f_code) if names else ():
+        if instruction.argval in names and instruction.offset < frame.f_lasti:
+            return str(instruction.argval)
+    return None
 
 
 def _warn_of_partial_norm() -> None:
@@ -481,19 +491,20 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             return
         frame = inspect.currentframe()
         while frame is not None:
-            # Nobody hears of the call itself: it finds no gradient, and returns 0.
-            for name in ("clip_grad_norm_", "clip_grad_value_"):
-                if name in frame.f_code.co_names and not _is_of_torch(frame):
-                    option = name.removeprefix("clip_grad_").removesuffix("_")
-                    warnings.warn_explicit(
-                        f"{name}() finds no gradients that accumulate() has moved away, so this "
-                        f"training may be unclipped: give the optimizer max_grad_{option}=... in "
-                        "its place, which clips the mean over the window.",
-                        UserWarning,
-                        frame.f_code.co_filename,
-                        frame.f_lineno,
-                    )
-                    return
+            # Nobody hears of the call itself: it finds no gradient, and returns 0. But a loop that
+            # clips has it before its step.
+            name = None if _is_of_torch(frame) else _clipping_before(frame)
+            if name is not None:
+                option = name.removeprefix("clip_grad_").removesuffix("_")
+                warnings.warn_explicit(
+                    f"{name}() finds no gradients that accumulate() has moved away, so this "
+                    f"training may be unclipped: give the optimizer max_grad_{option}=... in its "
+                    "place, which clips the mean over the window.",
+                    UserWarning,
+                    frame.f_code.co_filename,
+                    frame.f_lineno,
+                )
+                return
             frame = frame.f_back
 
     def zero_grad(self, set_to_none: bool = True) -> None:

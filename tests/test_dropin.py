@@ -324,7 +324,7 @@ MUTABLE = {
     "tensor_betas": (
         "betas",
         lambda: (torch.tensor(0.5), torch.tensor(0.6)),
-        lambda betas: betas[0].add_(0.2),
+        lambda betas: betas[0].mul_(0.8),
     ),
 }
 
@@ -1135,6 +1135,12 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stepper, name)
 
+    def __enter__(self) -> None:
+        self.stepper.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.stepper.__exit__(*error)
+
     def run(self, *args: Any) -> Any:
         before = self.progress[0]
         result = self.stepper.run(*args)
@@ -1552,7 +1558,6 @@ BAD_COUNTED_STEPS = {
     "state_deleted": (lambda o, p: o.state[p].pop(first_state(o, p)), "lacks"),
     "step_deleted": (lambda o, p: o.state[p].pop("step"), "lacks"),
     "step_number": (replace_step(3), r"state\['step'\] is not a"),
-    "step_int": (replace_step(torch.tensor(3)), r"state\['step'\] is not a"),
     "step_two": (replace_step(torch.ones(2)), r"state\['step'\] is not a"),
     "step_on_meta": (replace_step(torch.ones((), device="meta")), r"state\['step'\] is not a"),
 }
