@@ -172,7 +172,7 @@ class Plateau:
         Returns:
             Whether :attr:`multiplier` was reduced.
         """
-        value = number("metric", metric.detach() if isinstance(metric, Tensor) else metric)
+        value = number("metric", metric)
         if not math.isfinite(value):
             return False
         if self._is_better(value):
@@ -360,9 +360,9 @@ class ScheduleLR(LRScheduler):
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
-            "base_lrs": [float(lr) for lr in self.base_lrs],
-            "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
-            "_last_lr": [float(lr) for lr in self._last_lr],
+            "base_lrs": _rates("base_lrs", self.base_lrs),
+            "lr": _rates("lr", [group["lr"] for group in self.optimizer.param_groups]),
+            "_last_lr": _rates("_last_lr", self._last_lr),
             "schedule": self._description(),
             "cooldown": None if self._cooldown is None else asdict(self._cooldown),
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
