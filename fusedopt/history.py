@@ -11,7 +11,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 
 from fusedopt.arguments import integer, items, number, optional, shown
 from fusedopt.diagnosis import ADVICE, Finding, Thresholds, findings_of
+from fusedopt.output import write_whole
 from fusedopt.series import BARS, axes_for, ewma, noise, sparkline
 
 __all__ = [
@@ -33,18 +33,6 @@ __all__ = [
     "noise",
     "sparkline",
 ]
-
-
-def _write(path: str | Path, text: str) -> None:
-    """Write a file in one go: whatever fails, the old one is there, whole."""
-    target = Path(path).resolve()  # a link stays one
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _string(value: Any) -> str:
@@ -197,7 +185,7 @@ class History:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-        _write(path, file.getvalue())
+        write_whole(path, file.getvalue())
 
     @classmethod
     def from_csv(cls, path: str | Path) -> History:
@@ -217,7 +205,7 @@ class History:
 
         An old file is replaced as by :meth:`to_csv`.
         """
-        _write(path, json.dumps(self._text(), ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps(self._text(), ensure_ascii=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> History:
