@@ -146,9 +146,14 @@ def flag(name: str, value: Any) -> bool:
 
 def items(name: str, values: Any) -> list[Any]:
     """What can be iterated over, but no text."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is not a sequence: {shown(values)}")
     return list(values)
+
+
+def numbers(name: str, values: Any) -> list[float]:
+    """A series of numbers."""
+    return [number(f"{name}[{i}]", value) for i, value in enumerate(items(name, values))]
 
 
 def torch_module(name: str, value: Any) -> nn.Module:

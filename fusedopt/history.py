@@ -299,7 +299,7 @@ class History:
             smoothing: The ``beta`` of :func:`ewma`; the raw curve is then drawn faintly.
         """
         losses = [name for name in self._columns if name.endswith("loss")]
-        chosen = list(names) if names is not None else losses or self.names
+        chosen = items("names", names) if names is not None else losses or self.names
         curves = [(name, *self.points(name)) for name in chosen]  # KeyError before a figure
         ax = axes_for(ax)
         for name, steps, values in curves:

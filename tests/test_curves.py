@@ -474,6 +474,7 @@ WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: multi_step([1, 2.5]), TypeError, r"milestones\[1\] is not an integer: 2.5"),
     (lambda: multi_step(30), TypeError, "milestones is not a sequence: 30"),
     (lambda: multi_step("30"), TypeError, "milestones is not a sequence: '30'"),
+    (lambda: multi_step(b"30"), TypeError, "milestones is not a sequence: b'30'"),
     (lambda: piecewise_constant([3, 1], [1, 1, 1]), ValueError, "boundaries must be one or more"),
     (lambda: piecewise_constant([3], [1]), ValueError, "one more than the 1 boundaries"),
     (lambda: piecewise_constant([3], [1, -1]), ValueError, r"factors\[1\] must be finite and not"),

@@ -244,6 +244,25 @@ def test_sparkline() -> None:
     assert sparkline([]) == ""
 
 
+def test_series_of_all_kinds() -> None:
+    """Iterators and tensors, too; what is no series of numbers is named."""
+    loss = torch.tensor(2.0, requires_grad=True)
+    assert ewma(iter([4.0, loss]), 0.5) == [4.0, 3.0]
+    assert noise(iter([0.0, 0.0, 0.0])) == 0.0
+    assert sparkline(value for value in (1, loss)) == "▁█"
+    for function in (ewma, noise, sparkline):
+        with pytest.raises(TypeError, match=r"values\[1\] is not a number: 'a'"):
+            function([1.0, "a", 2.0])
+        for wrong in (None, 1.0, "12", b"12"):
+            with pytest.raises(TypeError, match="values is not a sequence: "):
+                function(wrong)
+    for width, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match=f"width .*: {width}"):
+            sparkline([1.0], width)
+    with pytest.raises(TypeError, match="names is not a sequence: 'lr'"):
+        awkward().plot(names="lr")
+
+
 def test_text() -> None:
     history = History()
     assert str(history) == "History: no steps yet"
