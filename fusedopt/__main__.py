@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -27,7 +29,38 @@ def info() -> str:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line.
+
+    Ends with 1 and a line when the output cannot be written, and with 141, as shells have it, when
+    nobody reads it any more.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()  # here it can still be told
+    except BrokenPipeError:
+        _close_stdout()
+        sys.exit(128 + 13)  # of SIGPIPE
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _close_stdout()
+        print(f"fusedopt: cannot write the output: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _close_stdout() -> None:
+    """Send what is left of it nowhere: Python would try again at its end."""
+    with suppress(OSError, ValueError):  # it may be no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _run() -> None:
     parser = argparse.ArgumentParser(prog="fusedopt", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fusedopt {fusedopt.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")

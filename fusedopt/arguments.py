@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 Check = Callable[[str, Any], Any]
@@ -14,17 +15,47 @@ Check = Callable[[str, Any], Any]
 
 def shown(value: Any) -> str:
     """A value in a message: its first line, and not too much of it: it may be a whole model."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a repr of its own that fails; an integer of more digits than Python prints
+        text = f"a {type(value).__name__}"
     line = text.partition("\n")[0][:100]
     return text if line == text else f"{line}…"
 
 
+def _plain(value: Any) -> Any:
+    """What a tensor or an array of one element holds; anything else is itself.
+
+    ``item()`` leaves a tensor's graph alone, where ``float()`` warns; it waits for the device.
+    """
+    if not (hasattr(value, "item") and hasattr(value, "dtype")):
+        return value
+    if getattr(value.dtype, "kind", None) in ("m", "M"):  # NumPy's times may come out as integers
+        raise TypeError
+    return value.item()
+
+
 def number(name: str, value: Any) -> float:
-    """A number, or a tensor of one."""
+    """A real number, or a tensor or array of one: no bool, no text, nothing complex.
+
+    This is the one place where what users give becomes a float.
+
+    Raises:
+        TypeError: It is something else, or a tensor that holds no number, as on the meta device.
+        ValueError: It is too large for a float.
+    """
     try:
-        if isinstance(value, (bool, str)):
+        plain = _plain(value)
+        # float() would read text, and a bool is an integer. What has neither method is no number.
+        if isinstance(plain, (bool, str, bytes)) or not (
+            hasattr(plain, "__float__") or hasattr(plain, "__index__")
+        ):
             raise TypeError
-        return float(value)
+        return float(plain)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float: {shown(value)}") from None
+    except torch.AcceleratorError:  # the device has failed, whatever the value is
+        raise
     except (TypeError, ValueError, RuntimeError):  # of tensors of several elements, too
         raise TypeError(f"{name} is not a number: {shown(value)}") from None
 
@@ -33,17 +64,20 @@ def finite(name: str, value: Any) -> float:
     """Neither nan nor infinite."""
     checked = number(name, value)
     if not math.isfinite(checked):
-        raise ValueError(f"{name} must be finite: {value!r}")
+        raise ValueError(f"{name} must be finite: {shown(value)}")
     return checked
 
 
 def integer(name: str, value: Any) -> int:
-    """An integer of any sign."""
+    """An integer of any sign, or a tensor or array of one; no bool."""
     try:
-        if isinstance(value, bool):
+        plain = _plain(value)
+        if isinstance(plain, bool):
             raise TypeError
-        return operator.index(value)
-    except TypeError:
+        return operator.index(plain)
+    except torch.AcceleratorError:
+        raise
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} is not an integer: {shown(value)}") from None
 
 
@@ -51,7 +85,7 @@ def count(name: str, value: Any, least: int = 0) -> int:
     """An integer, not too small."""
     whole = integer(name, value)
     if whole < least:
-        raise ValueError(f"{name} must be at least {least}: {value!r}")
+        raise ValueError(f"{name} must be at least {least}: {shown(value)}")
     return whole
 
 
@@ -59,7 +93,7 @@ def positive(name: str, value: Any) -> float:
     """Above zero; may be infinite."""
     checked = number(name, value)
     if not checked > 0:
-        raise ValueError(f"{name} must be positive: {value!r}")
+        raise ValueError(f"{name} must be positive: {shown(value)}")
     return checked
 
 
@@ -67,7 +101,7 @@ def finite_positive(name: str, value: Any) -> float:
     """Above zero."""
     checked = positive(name, value)
     if checked == math.inf:
-        raise ValueError(f"{name} must be finite: {value!r}")
+        raise ValueError(f"{name} must be finite: {shown(value)}")
     return checked
 
 
@@ -75,7 +109,7 @@ def not_negative(name: str, value: Any) -> float:
     """Zero or above."""
     checked = number(name, value)
     if not 0 <= checked < math.inf:
-        raise ValueError(f"{name} must be finite and not negative: {value!r}")
+        raise ValueError(f"{name} must be finite and not negative: {shown(value)}")
     return checked
 
 
@@ -83,7 +117,7 @@ def below_one(name: str, value: Any) -> float:
     """In [0, 1)."""
     checked = number(name, value)
     if not 0 <= checked < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1: {value!r}")
+        raise ValueError(f"{name} must be at least 0 and below 1: {shown(value)}")
     return checked
 
 
@@ -91,15 +125,16 @@ def ratio(name: str, value: Any) -> float:
     """In [0, 1]."""
     checked = number(name, value)
     if not 0 <= checked <= 1:
-        raise ValueError(f"{name} must be between 0 and 1: {value!r}")
+        raise ValueError(f"{name} must be between 0 and 1: {shown(value)}")
     return checked
 
 
 def positive_ratio(name: str, value: Any) -> float:
     """In (0, 1]."""
-    if ratio(name, value) == 0:
-        raise ValueError(f"{name} must be above 0: {value!r}")
-    return float(value)
+    checked = ratio(name, value)
+    if checked == 0:
+        raise ValueError(f"{name} must be above 0: {shown(value)}")
+    return checked
 
 
 def flag(name: str, value: Any) -> bool:
@@ -111,9 +146,14 @@ def flag(name: str, value: Any) -> bool:
 
 def items(name: str, values: Any) -> list[Any]:
     """What can be iterated over, but no text."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} is not a sequence: {shown(values)}")
     return list(values)
+
+
+def numbers(name: str, values: Any) -> list[float]:
+    """A series of numbers."""
+    return [number(f"{name}[{i}]", value) for i, value in enumerate(items(name, values))]
 
 
 def torch_module(name: str, value: Any) -> nn.Module:
@@ -127,8 +167,11 @@ def one_of(*choices: Any) -> Check:
     """One of some values."""
 
     def check(name: str, value: Any) -> Any:
-        if not any(value is choice or value == choice for choice in choices):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}: {value!r}")
+        # Like with like: comparing an array gives an array, which is neither true nor false.
+        if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, choices))}: {shown(value)}"
+            )
         return value
 
     return check

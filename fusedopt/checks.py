@@ -59,7 +59,7 @@ def check_initial_loss(
         TypeError: An argument is not a number.
         ValueError: Both or none of C and ``expected``, or a number out of its range.
     """
-    value = number("loss", loss.detach() if isinstance(loss, Tensor) else loss)
+    value = number("loss", loss)
     if (num_classes is None) == (expected is None):
         raise ValueError(f"give either num_classes or expected: {num_classes!r} and {expected!r}")
     if num_classes is not None:
@@ -117,7 +117,7 @@ def overfit_batch(
     if not callable(closure):
         raise TypeError(f"closure is not callable: {shown(closure)}")
     count("steps", steps, 1)
-    finite("target", target)
+    target = finite("target", target)
     losses: list[float] = []
     with trial(optimizer, stateful, scaler):
         for _ in range(steps):
@@ -130,7 +130,7 @@ def overfit_batch(
         "first": losses[0],
         "last": losses[-1],
         "lowest": min(losses),
-        "target": float(target),
+        "target": target,
         "steps": len(losses),
     }
     told = f"the loss on one batch went from {losses[0]:.4g} to {losses[-1]:.4g}"

@@ -3,10 +3,9 @@
 A curve is a callable object: ``curve(t)`` is the factor of a group's base learning rate in step t,
 counted from 0. It has no state, so resuming at a step is calling it with that step. Curves hold
 their last value when they are over, are checked when they are made, can be pickled and compared.
-Any other function of t can take a curve's place.
+A step that is not an integer is a TypeError, a negative one a ValueError. Any other function of t
+can take a curve's place.
 """
-
-# ruff: noqa: D102  the text above says what calling a curve means, once for all of them
 
 from __future__ import annotations
 
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Curve = Callable[[int], float]
+
+# Later steps are like this one: where floats end, nothing happens any more.
+LAST_STEP = 2**63
 
 # How a cooldown falls from 1 to 0 while u goes from 0 to 1.
 FALLS: dict[str, Callable[[float], float]] = {
@@ -81,8 +83,20 @@ def _down_to(min_ratio: float, rest: float) -> float:
     return min_ratio + (1 - min_ratio) * rest
 
 
+class _Curve:
+    """What all curves have in common: which steps there are."""
+
+    def __call__(self, t: int) -> float:
+        if type(t) is not int or not 0 <= t <= LAST_STEP:  # each step asks: the usual one first
+            t = min(count("t", t), LAST_STEP)
+        return self._at(t)
+
+    def _at(self, t: int) -> float:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class constant:
+class constant(_Curve):
     """``factor``, always.
 
     Args:
@@ -94,12 +108,12 @@ class constant:
     def __post_init__(self) -> None:
         check_fields(self, factor=not_negative)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return self.factor
 
 
 @dataclass(frozen=True)
-class linear:
+class linear(_Curve):
     """From 1 to ``min_ratio`` on a straight line: ``m + (1 - m) (1 - t/total)``.
 
     Args:
@@ -114,12 +128,12 @@ class linear:
     def __post_init__(self) -> None:
         check_fields(self, total=_steps, min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return _down_to(self.min_ratio, 1 - min(t, self.total) / self.total)
 
 
 @dataclass(frozen=True)
-class polynomial:
+class polynomial(_Curve):
     """From 1 to ``min_ratio``: ``m + (1 - m) (1 - t/total)^power``.
 
     Args:
@@ -136,12 +150,12 @@ class polynomial:
     def __post_init__(self) -> None:
         check_fields(self, total=_steps, power=finite_positive, min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return _down_to(self.min_ratio, (1 - min(t, self.total) / self.total) ** self.power)
 
 
 @dataclass(frozen=True)
-class cosine:
+class cosine(_Curve):
     """Half a cosine from 1 to ``min_ratio``, or several, each starting anew.
 
     Within a cycle, of which the part u is over and which starts from the peak p:
@@ -186,7 +200,7 @@ class cosine:
             )
         object.__setattr__(self, "_starts", tuple(starts))
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         if t >= self.total:
             return self.min_ratio
         cycle = bisect_right(self._starts, t) - 1
@@ -198,7 +212,7 @@ class cosine:
 
 
 @dataclass(frozen=True)
-class exponential:
+class exponential(_Curve):
     """``gamma^(t / every)``, smoothly; :class:`step` does the same in steps.
 
     Args:
@@ -215,12 +229,12 @@ class exponential:
     def __post_init__(self) -> None:
         check_fields(self, gamma=positive_ratio, every=_steps, min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return max(float(self.gamma ** (t / self.every)), self.min_ratio)
 
 
 @dataclass(frozen=True)
-class step:
+class step(_Curve):
     """``gamma^floor(t / step_size)``.
 
     Args:
@@ -234,12 +248,12 @@ class step:
     def __post_init__(self) -> None:
         check_fields(self, step_size=_steps, gamma=positive_ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return float(self.gamma ** (t // self.step_size))
 
 
 @dataclass(frozen=True)
-class multi_step:
+class multi_step(_Curve):
     """``gamma`` to the power of how many milestones are reached.
 
     Args:
@@ -253,12 +267,12 @@ class multi_step:
     def __post_init__(self) -> None:
         check_fields(self, milestones=_rising_steps, gamma=positive_ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return float(self.gamma ** bisect_right(self.milestones, t))
 
 
 @dataclass(frozen=True)
-class piecewise_constant:
+class piecewise_constant(_Curve):
     """``factors[i]`` from step ``boundaries[i - 1]`` until before step ``boundaries[i]``.
 
     Args:
@@ -277,12 +291,12 @@ class piecewise_constant:
                 f"{self.factors!r}"
             )
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return self.factors[bisect_right(self.boundaries, t)]
 
 
 @dataclass(frozen=True)
-class inverse_sqrt:
+class inverse_sqrt(_Curve):
     """``sqrt(timescale / (timescale + t))``: 1/2 after three timescales.
 
     After a warm-up of as many steps this is ``sqrt(timescale / t)`` in the count of all steps, as
@@ -300,12 +314,12 @@ class inverse_sqrt:
     def __post_init__(self) -> None:
         check_fields(self, timescale=_steps, min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         return max(math.sqrt(self.timescale / (self.timescale + t)), self.min_ratio)
 
 
 @dataclass(frozen=True)
-class inverse_time:
+class inverse_time(_Curve):
     """``1 / (1 + rate t / every)``: the 1/t decay of Robbins & Monro 1951.
 
     Args:
@@ -324,13 +338,13 @@ class inverse_time:
     def __post_init__(self) -> None:
         check_fields(self, rate=not_negative, every=_steps, staircase=flag, min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         time = t // self.every if self.staircase else t / self.every
         return max(1 / (1 + self.rate * time), self.min_ratio)
 
 
 @dataclass(frozen=True)
-class warmup:
+class warmup(_Curve):
     """A rise to 1 in ``steps`` steps, times a curve.
 
     With u = t/steps and s = start, the rise is
@@ -366,14 +380,15 @@ class warmup:
         if self.kind == "exponential" and self.start == 0:
             raise ValueError("start must be above 0 with kind='exponential': 0.0")
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         if t >= self.steps:
-            return self.curve(t - self.steps if self.prefix else t)
-        return RISES[self.kind](t / self.steps, self.start) * self.curve(0 if self.prefix else t)
+            return _number_at(self.curve, t - self.steps if self.prefix else t)
+        follows = _number_at(self.curve, 0 if self.prefix else t)
+        return RISES[self.kind](t / self.steps, self.start) * follows
 
 
 @dataclass(frozen=True)
-class wsd:
+class wsd(_Curve):
     """1 for ``stable`` steps, then a cooldown to ``min_ratio`` within ``decay`` steps.
 
     With :func:`warmup` before it, this is the warmup-stable-decay schedule of Hu et al. 2024
@@ -402,16 +417,22 @@ class wsd:
     def __post_init__(self) -> None:
         check_fields(self, stable=count, decay=_steps, shape=one_of(*FALLS), min_ratio=ratio)
 
-    def __call__(self, t: int) -> float:
+    def _at(self, t: int) -> float:
         u = min(max(t - self.stable, 0), self.decay) / self.decay
         return _down_to(self.min_ratio, FALLS[self.shape](u))
 
 
-def factor_at(curve: Curve, t: int) -> float:
-    """What a curve gives, checked: it may be any function."""
+def _number_at(curve: Curve, t: int) -> float:
+    """What a curve gives, which may be any function."""
     factor = curve(t)
     if type(factor) is not float:  # whole numbers, and what functions of others return
         factor = number(f"the factor of {curve} at t={t}", factor)
+    return factor
+
+
+def factor_at(curve: Curve, t: int) -> float:
+    """The same, checked: a factor of learning rates."""
+    factor = _number_at(curve, t)
     if not 0 <= factor < math.inf:
         raise ValueError(f"the factor of {curve} at t={t} must be finite, not negative: {factor}")
     return factor

@@ -15,17 +15,19 @@ from fusedopt.series import mean, noise
 class Thresholds:
     """What :func:`diagnose` calls much or little. All are choices; these are the reasons.
 
-    Levels are means over a tenth of a curve (3 points or more). The start is the first tenth's; but
-    where that has points far above the first one, the mean of those before them, if it is lower. A
-    difference of levels is real when it exceeds ``significant`` standard errors, by the noise that
-    the curve itself shows.
+    Levels are means over a tenth of a curve (3 points or more), in which no single point counts
+    that is far off. The start is the first tenth's; but where that has points far above the first
+    one, the mean of those before them, if it is lower. What is lost since is measured from the
+    first points where these are higher. A difference of levels is real when it exceeds
+    ``significant`` standard errors, by the noise that the curve itself shows.
 
     Attributes:
         least_points: Fewer than this have no tenths; at least 5, which the rules take.
         significant: Curves are compared in some ten places, so that 2 would be exceeded by chance.
         flat: A loss that has lost less than this part of its start has not fallen: as much comes
             from learning how frequent the classes are.
-        slow: A loss that has lost less than this part, and still falls as at first, trains slowly.
+        slow: A loss that has lost less than this part, and still falls as at first, trains slowly;
+            one that has lost more has fallen, whatever the noise.
         high: A loss that ends above this part of its start, and flat, is high. Where labels are
             noisy, the best possible loss may be as high: raise it there.
         wait: A loss that stays where it starts for this part of the run is stuck. Warmups are
@@ -33,8 +35,8 @@ class Thresholds:
         still: A curve that wins this part of its whole gain within its last quarter is not done;
             one that approaches its end with a time constant of a fifth of the run wins 2% there.
         rise: An overfitted validation loss has lost this part of what it had gained.
-        gap: Validation loss above training loss, as a part of the former: at one half the
-            training loss is half of it.
+        gap: Validation loss above training loss, as a part of the former, that is worth a word:
+            at one half the training loss is half of it.
         swing: The spread of the second half around its trend, as a part of the total fall.
         lost: A loss that has lost this part of what it had gained has diverged, also when it
             stays finite.
@@ -42,7 +44,8 @@ class Thresholds:
         drop: A learning rate that falls to this part or less from one row to the next has been
             dropped. Smooth schedules do that in their last steps only.
         stalled: The fall after a drop, as a part of that in as many steps before it.
-        remaining: The part of the start that must be left for a stop to be too early.
+        remaining: The part of the start that must be left for a stop to be too early, or for a
+            gap to be worth a word.
 
     Raises:
         TypeError, ValueError: A number is not one, not finite and positive, or too small.
@@ -125,6 +128,11 @@ ADVICE = {
         "warning",
         "Regularize more (weight decay, dropout, augmentation), get more data, or stop earlier.",
     ),
+    "GENERALIZATION_GAP": (
+        "info",
+        "The validation loss has hardly risen, but is far above the training loss: more data, "
+        "augmentation or regularization may lower it. Stopping earlier would not.",
+    ),
     "OSCILLATING": (
         "warning",
         "Lower the learning rate, or take larger batches: noise of small batches looks the same.",
@@ -142,11 +150,22 @@ def _finding(code: str, **evidence: float) -> Finding:
 
 
 class _Curve:
-    """A finite curve that should fall, and the levels that the rules compare."""
+    """A finite curve that should fall, and the levels that the rules compare.
+
+    Attributes:
+        start: The level of the first tenth, or of what is before a peak in it.
+        top: The level of the very first points where it is above that beyond noise: a loss that
+            falls fast has lost much within a tenth.
+        end: The level of the last tenth.
+        fall: From top to end.
+        best: The lowest level.
+        lowest: Where that is.
+    """
 
     def __init__(self, steps: Sequence[int], values: Sequence[float], limits: Thresholds) -> None:
         self.steps, self.values = steps, values
-        self._noise = noise(values) * limits.significant
+        self._significant = limits.significant
+        self._noise = noise(values)
         self.width = self._before = max(3, len(values) // 10)
         self.start = mean(values[: self.width])
         # A rate that is far too high throws the loss up within a few steps. With these in the mean,
@@ -155,21 +174,52 @@ class _Curve:
         spike = next((i for i, y in enumerate(values[: self.width]) if y > bound), self.width)
         if spike < self.width and mean(values[:spike]) < self.start:
             self.start, self._before = mean(values[:spike]), spike
-        self.end = mean(values[-self.width :])
-        self.fall = self.start - self.end
-        # The mean around each point, so that it neither lags nor is lowest by chance.
+        self.top = self.start
+        for few in (3, 1):
+            first = mean(values[:few])
+            if few < self._before and first - self.start > self._significant * self._noise * (
+                math.sqrt(1 / few + 1 / self._before)
+            ):
+                self.top = max(self.top, first)
+        self.end = self.level(values[-self.width :])
+        self.fall = self.top - self.end
+        # Around each point, so that it neither lags nor is lowest by chance.
         half = self.width // 2
-        self.levels = [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+        self.levels = [
+            self.level(values[max(0, i - half) : i + half + 1]) for i in range(len(values))
+        ]
         self.lowest = min(range(len(values)), key=self.levels.__getitem__)
         self.best = self.levels[self.lowest]
 
+    def level(self, values: Sequence[float]) -> float:
+        """The mean, of which single points that are far off the median are no great part."""
+        return mean(self.near(values))
+
+    def near(self, values: Sequence[float], trend: float = 0.0) -> list[float]:
+        """The values, those that are further off their median than by noise and trend put there."""
+        middle = statistics.median(values)
+        most = self._significant * self._noise + trend
+        return [min(max(value, middle - most), middle + most) for value in values]
+
     def real(self, width: int | None = None) -> float:
         """What a difference of two levels must exceed to be more than noise."""
-        return self._noise * math.sqrt(2 / (width or self.width))
+        return self._significant * self._noise * math.sqrt(2 / (width or self.width))
 
     def real_fall(self) -> float:
         """The same for a level and the start."""
-        return self._noise * math.sqrt(1 / self._before + 1 / self.width)
+        return self._significant * self._noise * math.sqrt(1 / self._before + 1 / self.width)
+
+    def times_the_start(self, end: float) -> bool:
+        """Whether a level is so far above the start that noise, relative to the loss, is not it.
+
+        Of losses that are not negative. After a peak of many orders of magnitude, differences show
+        more noise than there is level, and would hide it; the peak's logarithms do not.
+        """
+        if min(self.values) < 0 or self.start == 0:
+            return False
+        spread = noise([math.log(value) for value in self.values if value])
+        rise = math.log(end / self.start)
+        return rise > self._significant * spread * math.sqrt(1 / self._before + 1 / 3)
 
     def swing(self) -> float:
         """The spread of the second half around its trend, in the median of its tenths."""
@@ -181,8 +231,22 @@ class _Curve:
     def gain(self) -> tuple[float, float]:
         """What the last quarter has won, from end to end, and what that must exceed."""
         quarter = self.values[-max(3, len(self.values) // 4) :]
+        # Single points that are far off are no part of the trend, which the thirds' levels tell.
+        third = len(quarter) // 3
+        won = 1.5 * (self.level(quarter[:third]) - self.level(quarter[-third:]))
+        quarter = self.near(quarter, abs(won))
         # The variance of a slope over n points is 12 / n^3 times the noise's.
-        return -_slope(quarter) * len(quarter), self._noise * math.sqrt(12 / len(quarter))
+        needed = self._significant * self._noise * math.sqrt(12 / len(quarter))
+        return -_slope(quarter) * len(quarter), needed
+
+    def falls(self, limits: Thresholds) -> bool:
+        """Whether it still falls at its end."""
+        gained, needed = self.gain()
+        return gained > max(needed, limits.still * self.fall)
+
+    def is_flat(self) -> bool:
+        """Whether it does not, also where noise would hide that: a steady fall wins a quarter."""
+        return sum(self.gain()) < self.fall / 4
 
 
 def _slope(values: Sequence[float]) -> float:
@@ -200,41 +264,43 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _bad_init(curve: _Curve, limits: Thresholds) -> Finding | None:
-    fall = curve.start - curve.best
-    needed = max(curve.real_fall(), limits.flat * abs(curve.start))
+    fall = curve.top - curve.best
+    needed = max(curve.real_fall(), limits.flat * abs(curve.top))
     if fall <= needed:
         return None
-    bound = curve.start - max(limits.flat * fall, curve.real_fall())
-    if not curve.best < bound or curve.start - bound > limits.wait * fall / 2:
+    bound = curve.top - max(limits.flat * fall, curve.real_fall())
+    if not curve.best < bound or curve.top - bound > limits.wait * fall / 2:
         return None  # a steady fall, too, would take long to show beside the noise
     stuck = next(i for i, level in enumerate(curve.levels) if level < bound)
     if stuck < limits.wait * len(curve.values):
         return None
     part = stuck / len(curve.values)
-    return _finding("BAD_INIT", until_step=curve.steps[stuck], part=part, start=curve.start)
+    return _finding("BAD_INIT", until_step=curve.steps[stuck], part=part, start=curve.top)
 
 
 def _level(train: _Curve, val: _Curve | None, best: _Curve, limits: Thresholds) -> Finding | None:
     """Where training has ended: at most one of four findings."""
-    fall = train.fall
+    fall = train.start - train.end
     part = fall / abs(train.start) if train.start else math.inf
     evidence = {"start": train.start, "end": train.end, "fallen": part}
-    if fall <= max(limits.flat * abs(train.start), train.real_fall()):
+    # Noise may hide a fall; but of a loss that has lost much, nobody knows that it did not fall.
+    hidden = min(train.real_fall(), limits.slow * abs(train.start))
+    if fall <= max(limits.flat * abs(train.start), hidden):
         return _finding("LR_TOO_HIGH_PLATEAU", **evidence)
-    gained, needed = train.gain()
-    falls = gained > max(needed, limits.still * fall)
+    # Validation shows it, too, with less noise than small batches have.
+    falls = train.falls(limits) or (val is not None and val.falls(limits))
     if val is not None:
         evidence["val_end"] = val.end
     if train.start > 0:  # below zero, nobody knows what a high loss is
-        high_val = val is None or val.end > (1 - limits.slow) * train.start
-        if part < limits.slow and falls and high_val:
-            return _finding("LR_TOO_LOW_OR_SMALL_MODEL", **evidence, last_gain=gained)
-        alike = val is not None and val.end - train.end < limits.flat * train.start + val.real()
-        if train.end > limits.high * train.start and not falls and alike:
+        evidence["start"], evidence["fallen"] = train.top, train.fall / train.top
+        high_val = val is None or val.end > (1 - limits.slow) * train.top
+        if train.fall < limits.slow * train.top and falls and high_val:
+            return _finding("LR_TOO_LOW_OR_SMALL_MODEL", **evidence, last_gain=train.gain()[0])
+        alike = val is not None and val.end - train.end < limits.flat * train.top + val.real()
+        if train.end > limits.high * train.top and not falls and train.is_flat() and alike:
             return _finding("UNDERFITTING", **evidence)
-    gained, needed = best.gain()
-    if gained > max(needed, limits.still * best.fall):
-        return _finding("STILL_IMPROVING", last_gain=gained, whole_gain=best.fall)
+    if best.falls(limits):
+        return _finding("STILL_IMPROVING", last_gain=best.gain()[0], whole_gain=best.fall)
     return None
 
 
@@ -242,15 +308,14 @@ def _overfitting(train: _Curve, val: _Curve, limits: Thresholds) -> Finding | No
     rise = val.end - val.best
     at = val.steps[val.lowest]
     evidence = {"val_best": val.best, "at_step": at, "val_end": val.end, "train_end": train.end}
-    risen = rise > max(val.real(), limits.rise * (val.start - val.best))
+    risen = rise > max(val.real(), limits.rise * (val.top - val.best))
     then = next(i for i, step in enumerate(train.steps) if step >= at or i == len(train.steps) - 1)
     if risen and train.end < train.levels[then] + train.real():
         return _finding("OVERFITTING", **evidence)
-    gained, needed = val.gain()
-    falls = gained > max(needed, limits.still * val.fall)
     gap = val.end - train.end
-    if val.end > 0 and gap > max(limits.gap * val.end, val.real()) and not falls:
-        return _finding("OVERFITTING", **evidence)
+    high = val.end > max(0, limits.remaining * val.top)
+    if high and gap > max(limits.gap * val.end, val.real()) and not val.falls(limits):
+        return _finding("GENERALIZATION_GAP", val_end=val.end, train_end=train.end, gap=gap)
     return None
 
 
@@ -265,7 +330,7 @@ def _oscillating(curve: _Curve, limits: Thresholds) -> Finding | None:
 def _decayed_too_early(
     curve: _Curve, rate: tuple[list[int], list[float]], limits: Thresholds
 ) -> Finding | None:
-    if curve.start <= 0 or curve.end < limits.remaining * curve.start:
+    if curve.top <= 0 or curve.end < limits.remaining * curve.top:
         return None
     for step, before, after in zip(rate[0][1:], rate[1], rate[1][1:], strict=False):
         if not 0 <= after <= limits.drop * before:
@@ -306,6 +371,8 @@ def _exploded(curve: _Curve, limits: Thresholds) -> Finding | None:
         risen, allowed = end - curve.best, limits.lost * fallen
     else:
         risen, allowed = end - curve.start, (limits.exploded - 1) * abs(curve.start)
+        if risen > allowed and curve.times_the_start(end):
+            return _finding("DIVERGED", start=curve.start, best=curve.best, end=end)
     if risen <= max(allowed, curve.real(3)):
         return None
     return _finding("DIVERGED", start=curve.start, best=curve.best, end=end)
@@ -349,9 +416,11 @@ def findings_of(
         if failed:
             return [failed]
         best = curves.get(accuracy) or second or first
-        findings.append(_level(first, second, best, limits))
+        level = _level(first, second, best, limits)
+        findings.append(level)
         findings.append(_bad_init(first, limits))
-        findings.append(_oscillating(first, limits))
+        if not level or level.code != "LR_TOO_HIGH_PLATEAU":  # where nothing falls, all is noise
+            findings.append(_oscillating(first, limits))
         findings.append(_decayed_too_early(first, points(lr), limits))
         if second is not None:
             findings.append(_overfitting(first, second, limits))

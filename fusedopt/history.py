@@ -11,15 +11,15 @@ import html
 import io
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fusedopt.arguments import integer, number, shown
+from fusedopt.arguments import integer, items, number, optional, shown
 from fusedopt.diagnosis import ADVICE, Finding, Thresholds, findings_of
+from fusedopt.output import write_whole
 from fusedopt.series import BARS, axes_for, ewma, noise, sparkline
 
 __all__ = [
@@ -35,21 +35,23 @@ __all__ = [
 ]
 
 
-def _write(path: str | Path, text: str) -> None:
-    """Write a file in one go: whatever fails, the old one is there, whole."""
-    target = Path(path).resolve()  # a link stays one
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+def _string(value: Any) -> str:
+    """What the columns of a file are made of."""
+    if not isinstance(value, str):
+        raise TypeError(f"not a string: {shown(value)}")
+    return value
 
 
 def _check_name(name: str, values: Any) -> None:
     if name in ("step", ""):  # a file would have two columns of steps, or one without a name
         raise ValueError(f"a metric cannot be called {name or repr(name)}: {shown(values)}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # rather now than when all is to be saved
+        raise ValueError(
+            f"a metric cannot be called {name!r}, which no file or terminal can hold: "
+            f"{shown(values)}"
+        ) from None
 
 
 class History:
@@ -82,7 +84,8 @@ class History:
         Raises:
             TypeError: The step is not an integer, or a metric not a number.
             ValueError: The step lies before the last one, or its row has this metric already; or
-                one is called ``step``, or has no name.
+                one is called ``step``, has no name or one that is no text (a lone surrogate in
+                it), or is too large for a float.
         """
         step = integer("step", step)
         if self._steps and step < self._steps[-1]:
@@ -92,7 +95,7 @@ class History:
         again = bool(self._steps) and step == self._steps[-1]
         for name in metrics:
             if again and self._columns.get(name, [None])[-1] is not None:
-                raise ValueError(f"step {step} has a {name} already: {metrics[name]!r}")
+                raise ValueError(f"step {step} has a {name} already: {shown(metrics[name])}")
         row = {name: number(name, value) for name, value in metrics.items()}
         if not again:
             self._steps.append(step)
@@ -161,9 +164,9 @@ class History:
             steps = columns.pop("step")
             history.load_state_dict(
                 {
-                    "steps": [int(step) for step in steps],
+                    "steps": [int(_string(step)) for step in steps],
                     "columns": {
-                        name: [float(text) if text else None for text in column]
+                        name: [float(text) if _string(text) else None for text in column]
                         for name, column in columns.items()
                     },
                 }
@@ -182,13 +185,16 @@ class History:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-        _write(path, file.getvalue())
+        write_whole(path, file.getvalue())
 
     @classmethod
     def from_csv(cls, path: str | Path) -> History:
         """Read what :meth:`to_csv` wrote. ValueError when it is something else."""
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.reader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} holds no history: {error}") from error
         header = rows[0] if rows else []
         if any(len(row) != len(header) for row in rows) or len(set(header)) != len(header):
             raise ValueError(f"{path} holds no history: its rows do not fit its header {header}")
@@ -199,12 +205,15 @@ class History:
 
         An old file is replaced as by :meth:`to_csv`.
         """
-        _write(path, json.dumps(self._text(), ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps(self._text(), ensure_ascii=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> History:
         """Read what :meth:`to_json` wrote. ValueError when it is something else."""
-        columns = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            columns = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} holds no history: {error}") from error
         if not isinstance(columns, dict):
             raise ValueError(f"{path} holds no history: it is not an object of columns")
         return cls._from_text(columns, path)
@@ -218,27 +227,32 @@ class History:
         """Have the rows of a :meth:`state_dict`, and no others.
 
         Raises:
-            TypeError: A step is not an integer, a value not a number, or a name not a string.
+            TypeError: A step is not an integer, a value not a number, or a name not a string; or
+                the state or its columns are no mapping.
             ValueError: The rows do not fit.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is none of a History: {shown(state_dict)}")
         missing = [name for name in ("steps", "columns") if name not in state_dict]
         if missing:
             raise ValueError(f"state_dict is none of a History: it has no {', '.join(missing)}")
-        steps = [integer(f"steps[{i}]", step) for i, step in enumerate(state_dict["steps"])]
-        columns = {
-            name: [None if value is None else number(name, value) for value in column]
-            for name, column in state_dict["columns"].items()
-        }
-        for name, column in columns.items():
+        rows = items("steps", state_dict["steps"])
+        steps = [integer(f"steps[{i}]", step) for i, step in enumerate(rows)]
+        if not isinstance(state_dict["columns"], Mapping):
+            raise TypeError(f"columns is not a mapping: {shown(state_dict['columns'])}")
+        columns: dict[str, list[float | None]] = {}
+        for name, values in state_dict["columns"].items():
             if not isinstance(name, str):
                 raise TypeError(f"a column's name is not a string: {name!r}")
-            _check_name(name, column)
+            _check_name(name, values)
+            column = [optional(number)(name, value) for value in items(name, values)]
             if not any(value is not None for value in column):
-                raise ValueError(f"{name} has no values: {column}")
+                raise ValueError(f"{name} has no values: {shown(column)}")
             if len(column) != len(steps):
                 raise ValueError(f"{name} has {len(column)} rows, but there are {len(steps)} steps")
+            columns[name] = column
         if any(b <= a for a, b in pairwise(steps)):
-            raise ValueError(f"steps must rise: {steps}")
+            raise ValueError(f"steps must rise: {shown(steps)}")
         self._steps, self._columns = steps, columns
 
     # Views ----------------------------------------------------------------------------------------
@@ -285,7 +299,7 @@ class History:
             smoothing: The ``beta`` of :func:`ewma`; the raw curve is then drawn faintly.
         """
         losses = [name for name in self._columns if name.endswith("loss")]
-        chosen = list(names) if names is not None else losses or self.names
+        chosen = items("names", names) if names is not None else losses or self.names
         curves = [(name, *self.points(name)) for name in chosen]  # KeyError before a figure
         ax = axes_for(ax)
         for name, steps, values in curves:

@@ -23,6 +23,7 @@ from fusedopt.bench.machine import cpu_model, free_bytes
 from fusedopt.cases import CASES, DTYPES, PIPELINE, Case
 from fusedopt.device import has_kernels
 from fusedopt.extension import build_info
+from fusedopt.output import check_writable, write_whole
 from fusedopt.parity import (
     LAYOUTS,
     PIPELINE_RUN_STEPS,
@@ -179,12 +180,9 @@ def run(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
         )
     if options.json is not None:
         try:
-            existed = options.json.exists()
-            options.json.open("a").close()  # rather now than after a minute
-            if not existed:
-                options.json.unlink()
-        except OSError as wrong:
-            error(f"argument --json: {options.json}: {wrong.strerror}")
+            check_writable(options.json)  # rather now than after a minute
+        except (OSError, ValueError) as wrong:
+            error(f"argument --json: {options.json}: {getattr(wrong, 'strerror', wrong)}")
 
     steps = options.steps or (MODEL_STEPS if options.model is not None else None)
     begin = time.monotonic()
@@ -213,7 +211,11 @@ def run(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
     if options.json is not None:
         written = report(results, options.device, options.seed, options.model, layouts)
         written["rows not measured"] = len(rows) - len(results)
-        options.json.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
+        try:
+            write_whole(options.json, json.dumps(written, indent=1, allow_nan=False) + "\n")
+        except OSError as wrong:
+            print(f"fusedopt parity: {options.json}: {wrong.strerror}", file=sys.stderr)
+            return 2
     if len(results) < len(rows):
         return 130  # as shells have it for an interrupt
     return 1 if failed else 0

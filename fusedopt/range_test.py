@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import below_one, count, finite_positive, number, one_of, shown
+from fusedopt.arguments import below_one, count, finite_positive, number, one_of, optional, shown
 from fusedopt.series import axes_for, mean, noise
 from fusedopt.trial import check_arguments, train_step, trial
 
@@ -181,7 +181,7 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _ratios(optimizer: torch.optim.Optimizer) -> list[float]:
     """The groups' learning rates, as multiples of the first one's."""
-    base = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    base = [number("lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     if not base[0] > 0:
         raise ValueError(
             "the first group's lr must be positive, because others keep their ratio to it: "
@@ -203,7 +203,7 @@ def _validated(validate: Callable[[], Any], stateful: Sequence[Any]) -> float:
     roots = [each for each in stateful if isinstance(each, torch.nn.Module)]
     modes = [(module, module.training) for root in roots for module in root.modules()]
     with torch.no_grad():
-        loss = float(validate())
+        loss = number("the loss of validate()", validate())
     for module, training in modes:
         module.training = training
     return loss
@@ -267,14 +267,15 @@ def lr_range_test(
             raise TypeError(f"{name} is not callable: {shown(function)}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is not iterable: {shown(batches)}")
-    finite_positive("start_lr", start_lr)
-    if not start_lr < number("end_lr", end_lr) < math.inf:
+    low, high = finite_positive("start_lr", start_lr), number("end_lr", end_lr)
+    if not low < high < math.inf:
         raise ValueError(f"end_lr must be finite and above start_lr={start_lr}: {end_lr!r}")
-    count("num_iter", num_iter, 10)
-    count("accumulate", accumulate, 1)
+    start_lr, end_lr = low, high
+    num_iter, accumulate = count("num_iter", num_iter, 10), count("accumulate", accumulate, 1)
     one_of(*MODES)("mode", mode)
-    below_one("smoothing", smoothing)
-    if diverge_factor is not None and not number("diverge_factor", diverge_factor) > 1:
+    smoothing = below_one("smoothing", smoothing)
+    diverge_factor = optional(number)("diverge_factor", diverge_factor)
+    if diverge_factor is not None and not diverge_factor > 1:
         raise ValueError(f"diverge_factor must be above 1, or None: {diverge_factor!r}")
     ratios = _ratios(optimizer)
 

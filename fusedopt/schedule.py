@@ -23,6 +23,7 @@ from fusedopt.arguments import (
     items,
     not_negative,
     number,
+    numbers,
     one_of,
     optional,
     positive_ratio,
@@ -100,8 +101,10 @@ def _check_keys(of: str, state: dict[str, Any], wanted: Iterable[str]) -> None:
         raise ValueError(f"state_dict is not one of {of}: it has no {', '.join(missing)}")
 
 
-def _rates(name: str, values: Any) -> list[float]:
-    return [number(f"{name}[{i}]", value) for i, value in enumerate(items(name, values))]
+def _cooldown(name: str, state: Any) -> wsd:
+    if not isinstance(state, Mapping) or state.keys() != asdict(wsd(0, 1)).keys():
+        raise ValueError(f"{name} is not that of a ScheduleLR: {shown(state)}")
+    return wsd(**state)
 
 
 def _base_lr(index: int, group: dict[str, Any]) -> float | Tensor:
@@ -172,7 +175,7 @@ class Plateau:
         Returns:
             Whether :attr:`multiplier` was reduced.
         """
-        value = number("metric", metric.detach() if isinstance(metric, Tensor) else metric)
+        value = number("metric", metric)
         if not math.isfinite(value):
             return False
         if self._is_better(value):
@@ -327,7 +330,7 @@ class ScheduleLR(LRScheduler):
         added = groups[len(bases) :]
         if added or not all(type(base) is float for base in bases):  # at first, tensors
             more = [_base_lr(len(bases) + i, group) for i, group in enumerate(added)]
-            bases = [*_rates("base_lrs", [*bases, *more])]
+            bases = [*numbers("base_lrs", [*bases, *more])]
         rates = [base * factor for base, factor in zip(bases, factors, strict=True)]
         for group in added:
             lr = group["lr"]
@@ -360,9 +363,9 @@ class ScheduleLR(LRScheduler):
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
-            "base_lrs": [float(lr) for lr in self.base_lrs],
-            "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
-            "_last_lr": [float(lr) for lr in self._last_lr],
+            "base_lrs": numbers("base_lrs", self.base_lrs),
+            "lr": numbers("lr", [group["lr"] for group in self.optimizer.param_groups]),
+            "_last_lr": numbers("_last_lr", self._last_lr),
             "schedule": self._description(),
             "cooldown": None if self._cooldown is None else asdict(self._cooldown),
             "plateau": None if self.plateau is None else self.plateau.state_dict(),
@@ -382,24 +385,27 @@ class ScheduleLR(LRScheduler):
         """
         _check_keys("a ScheduleLR", state_dict, SCHEDULER_STATE)
         groups = self.optimizer.param_groups
-        if len(state_dict["lr"]) != len(groups):
+        saved = len(items("lr", state_dict["lr"]))
+        if saved != len(groups):
             raise ValueError(
-                f"state_dict has {len(state_dict['lr'])} parameter groups, the optimizer "
-                f"{len(groups)}: add the groups before loading"
+                f"state_dict has {saved} parameter groups, the optimizer {len(groups)}: add the "
+                "groups before loading"
             )
         # All is checked and computed before anything is written.
         last_epoch = count("last_epoch", state_dict["last_epoch"], -1)
         step_count = count("_step_count", state_dict["_step_count"])
-        rates = {name: _rates(name, state_dict[name]) for name in ("base_lrs", "lr", "_last_lr")}
+        rates = {name: numbers(name, state_dict[name]) for name in ("base_lrs", "lr", "_last_lr")}
         for name, found in rates.items():  # fewer where a group has been added since
+            if not all(map(math.isfinite, found)):
+                raise ValueError(f"{name} must be finite: {found}")
             if len(found) > len(groups):
                 raise ValueError(f"{name} has more rates than the {len(groups)} groups: {found}")
-        cooldown = None if state_dict["cooldown"] is None else wsd(**state_dict["cooldown"])
+        cooldown = optional(_cooldown)("cooldown", state_dict["cooldown"])
         plateau: dict[str, Any] = {}
         if self.plateau is not None and state_dict["plateau"] is not None:
             plateau = _plateau_state(state_dict["plateau"])
         lrs, last_lr = rates["lr"], rates["_last_lr"]
-        before, now = state_dict["schedule"], self._description()
+        before, now = items("schedule", state_dict["schedule"]), self._description()
         # Before its first step, or where the rates are not its last ones, another scheduler is in
         # charge, as within SequentialLR.
         if now != before and last_epoch >= 0 and lrs == last_lr:

@@ -289,7 +289,7 @@ def _run(
         for name, distribution in space.items():
             _suggest(trial, name, distribution)
         try:
-            value = float(objective(Trial(trial, place, stage.budget)))
+            value = number("the objective's value", objective(Trial(trial, place, stage.budget)))
             if not math.isfinite(value):
                 raise ValueError(f"the objective returned {value}")
         except optuna.TrialPruned:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fusedopt.arguments import count, flag, not_negative, number, one_of, shown
+from fusedopt.arguments import count, finite, flag, not_negative, number, one_of, optional, shown
 from fusedopt.best_weights import BestWeights, Stateful, not_a_state
 
 __all__ = ["BestWeights", "EarlyStopping", "Progress", "Stateful", "StopReason"]
@@ -240,7 +240,8 @@ class EarlyStopping:
         Raises:
             KeyError: A monitored metric is missing.
             TypeError: A metric is not a number.
-            ValueError: A metric is a tensor with another number of elements than one.
+            ValueError: A metric is a tensor with another number of elements than one, or an
+                integer too large for a float.
             RuntimeError: One of these on another rank.
         """
         if dist.is_available() and dist.is_initialized():
@@ -380,15 +381,14 @@ class EarlyStopping:
         try:
             loaded = state_dict["metrics"]
             found = {name: entry["mode"] for name, entry in loaded.items()}
-            if found != own:
-                raise ValueError(f"state_dict is of the metrics {found}, not {own}")
-            metrics = tuple(
-                Progress(*(loaded[name][field] for field in Progress._fields)) for name in own
-            )
+            metrics = tuple(_progress(loaded[name]) for name in own if name in loaded)
             reason = StopReason[state_dict["reason"]]
-            steps, improved = state_dict["steps"], state_dict["improved"]
-        except (AttributeError, KeyError, TypeError) as error:
+            steps = count("steps", state_dict["steps"])
+            improved = flag("improved", state_dict["improved"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise not_a_state(state_dict, "EarlyStopping", error) from error
+        if found != own:
+            raise ValueError(f"state_dict is of the metrics {found}, not {own}")
         if reason is StopReason.PATIENCE and not self._out_of_patience(metrics):
             reason = StopReason.NOT_STOPPED
         self._state = _State(steps, metrics, improved, reason)
@@ -427,16 +427,19 @@ def _limits(name: str, value: Any, known: Mapping[str, str]) -> dict[str, float]
         if len(known) > 1:
             raise ValueError(f"{name} must say of which metric it is, as {{name: {value!r}}}")
         value = dict.fromkeys(known, value)
-    limits = {metric: number(name, limit) for metric, limit in _named(name, value, known)}
-    for limit in limits.values():
-        if not math.isfinite(limit):
-            raise ValueError(f"{name} must be finite: {limit!r}")
-    return limits
+    return {metric: finite(name, limit) for metric, limit in _named(name, value, known)}
+
+
+def _progress(entry: Mapping[str, Any]) -> Progress:
+    """A metric's part of a state dict, checked."""
+    value, step, num_bad = (entry[field] for field in Progress._fields)
+    if (value is None) != (step is None):
+        raise ValueError(f"best_value and best_step belong together: {value!r} and {step!r}")
+    value, step = optional(finite)("best_value", value), optional(count)("best_step", step)
+    return Progress(value, step, count("num_bad", num_bad))
 
 
 def _metric(name: str, value: Any) -> float:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"metric {name!r} has {value.numel()} elements, not one")
-        value = value.item()
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"metric {name!r} has {value.numel()} elements, not one")
     return number(f"metric {name!r}", value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.arguments import shown
+from fusedopt.arguments import number, shown
 from fusedopt.optimizer import FusedOptimizer
 
 
@@ -251,7 +251,7 @@ def train_step(
             )
         if not loss.requires_grad:
             raise ValueError("closure(batch) must return a loss that backward() can start from")
-        value = float(loss.detach())
+        value = number("the loss of closure(batch)", loss)
         if not math.isfinite(value):
             return value
         total += value / len(batches)

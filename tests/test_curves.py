@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import table
@@ -360,6 +361,54 @@ def test_curves_are_values(curve: Curve) -> None:
         setattr(curve, name, 1)
 
 
+@table("curve", CURVES)
+def test_steps_that_are_none(curve: Curve) -> None:
+    for t in (-1, -(10**400), np.int64(-3), torch.tensor(-1)):
+        with pytest.raises(ValueError, match="t must be at least 0: "):
+            curve(t)
+    for t in (0.0, 2.5, NAN, INF, "3", None, True, np.True_, [1], 1j, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="t is not an integer: "):
+            curve(t)  # type: ignore[arg-type]
+
+
+@table("curve", CURVES)
+def test_any_integer_is_a_step(curve: Curve) -> None:
+    for t in (np.int64(7), np.array(7), torch.tensor(7)):
+        found = curve(t)  # type: ignore[arg-type]
+        assert found == curve(7)
+        assert type(found) is float
+
+
+LATEST: dict[str, tuple[Curve, float]] = {
+    "step": (step(1, 0.5), 0.0),
+    "exponential": (exponential(0.5), 0.0),
+    "exponential-constant": (exponential(1), 1.0),
+    "inverse_time": (inverse_time(1e308), 0.0),
+    "inverse_time-staircase": (inverse_time(1e300, staircase=True), 0.0),
+}
+
+
+@table("case", LATEST)
+def test_steps_without_end(case: tuple[Curve, float]) -> None:
+    """Where floats are too small for a step's number."""
+    curve, last = case
+    for t in (10**19, 10**308, 10**309, 10**5000):
+        assert curve(t) == pytest.approx(last, abs=1e-15)
+    for every in CURVES.values():
+        assert every(10**5000) == every(2**63)
+        assert math.isfinite(every(10**5000))
+
+
+def test_what_a_function_gives_to_a_warmup() -> None:
+    def own(t: int) -> Any:
+        return "half" if t else None
+
+    for t, given in ((3, "None"), (5, "None"), (6, "'half'")):
+        with pytest.raises(TypeError, match=rf"the factor of .*own.* is not a number: {given}"):
+            warmup(own, 5)(t)
+    assert type(warmup(lambda t: 1, 5)(7)) is float
+
+
 def test_values_and_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values(linear(4), 6) == [1, 0.75, 0.5, 0.25, 0, 0]
     assert values(linear(4), 0) == []
@@ -425,6 +474,7 @@ WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: multi_step([1, 2.5]), TypeError, r"milestones\[1\] is not an integer: 2.5"),
     (lambda: multi_step(30), TypeError, "milestones is not a sequence: 30"),
     (lambda: multi_step("30"), TypeError, "milestones is not a sequence: '30'"),
+    (lambda: multi_step(b"30"), TypeError, "milestones is not a sequence: b'30'"),
     (lambda: piecewise_constant([3, 1], [1, 1, 1]), ValueError, "boundaries must be one or more"),
     (lambda: piecewise_constant([3], [1]), ValueError, "one more than the 1 boundaries"),
     (lambda: piecewise_constant([3], [1, -1]), ValueError, r"factors\[1\] must be finite and not"),

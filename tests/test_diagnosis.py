@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import DEVICE, table
+from simulated import CASES as SIMULATED
+from simulated import GOOD, ROWS, Shape, fall, late, overfitted, swinging
 from torch import nn
 
 import fusedopt
 from fusedopt.history import ADVICE, Finding, History, Thresholds, diagnose
 
-ROWS = 200
 EVERY = 5  # a validation for so many rows
-Shape = Callable[[float], float]  # from the part of the run that is over
-
-
-def fall(start: float, end: float, tau: float) -> Shape:
-    """From start to end, exponentially."""
-    return lambda x: end + (start - end) * math.exp(-x / tau)
 
 
 def curves(
@@ -58,11 +54,6 @@ def cosine(x: float) -> float:
     return 0.05 * (1 + math.cos(math.pi * x))
 
 
-def late(x: float) -> float:
-    """Stuck for three tenths, then falling."""
-    return 2.3 if x < 0.3 else fall(2.3, 0.3, 0.1)(x - 0.3)
-
-
 def early_drop(x: float) -> float:
     return fall(2.3, 0.3, 0.3)(min(x, 0.2))
 
@@ -74,14 +65,6 @@ def good_drop(x: float) -> float:
 
 def dropped(at: float) -> Shape:
     return lambda x: 0.1 if x < at else 0.01
-
-
-def swinging(x: float) -> float:
-    return fall(2.3, 0.8, 0.1)(x) + 0.6 * math.sin(2 * math.pi * x * ROWS / 7)
-
-
-def overfitted(x: float) -> float:
-    return fall(2.3, 0.6, 0.1)(x) + max(0.0, x - 0.4)
 
 
 def rising(x: float) -> float:
@@ -153,9 +136,9 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         "val_best",
     ),
     "large gap": (
-        "OVERFITTING",
+        "GENERALIZATION_GAP",
         {"train": fall(2.3, 0.1, 0.12), "val": fall(2.3, 1.0, 0.06)},
-        "train_end",
+        "gap",
     ),
     "flat and high": (
         "UNDERFITTING",
@@ -204,6 +187,105 @@ def test_a_sick_curve_has_its_finding_and_no_other(row: Any, seed: int) -> None:
     assert math.isfinite(finding.evidence[key])
     assert (finding.severity, finding.advice) == ADVICE[code]
     assert f"{code} ({finding.severity}): " in str(finding)
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Counter[str]]:
+    """What each simulated curve was taken for, over its seeds."""
+    return {
+        name: Counter(
+            ", ".join(codes(diagnose(case.make(seed)))) or HEALTHY_CODE
+            for seed in range(case.seeds)
+        )
+        for name, case in SIMULATED.items()
+    }
+
+
+HEALTHY_CODE = "none"
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_each_cause_is_found_whatever_the_seed(
+    name: str, verdicts: dict[str, Counter[str]]
+) -> None:
+    case = SIMULATED[name]
+    assert verdicts[name] == {", ".join(case.codes) or HEALTHY_CODE: case.seeds}
+
+
+def test_the_page_has_the_table_of_causes_and_verdicts(
+    verdicts: dict[str, Counter[str]],
+) -> None:
+    page = (Path(__file__).parent.parent / "docs/training/curves.md").read_text()
+    causes: dict[str, list[str]] = {}
+    for name, case in SIMULATED.items():
+        causes.setdefault(", ".join(case.codes) or HEALTHY_CODE, []).append(name)
+    for truth, names in causes.items():
+        found = sum((verdicts[name] for name in names), Counter())
+        told = ", ".join(f"{n} {code}" for code, n in found.most_common())
+        assert f"| {truth} | {'; '.join(names)} | {told} |\n" in page
+
+
+@every_seed
+def test_a_level_above_the_start_is_not_hidden_by_the_peak_before(seed: int) -> None:
+    """2.32, then eight hundred billion, then hundreds: all the noise is the peak's."""
+    history, rng = History(), random.Random(seed)
+    for step in range(50):
+        loss = 8e11 * math.exp(-step) * rng.uniform(0.5, 2) + rng.uniform(322, 425)
+        history.append(step, train_loss=loss if step else 2.32)
+    (finding,) = diagnose(history)
+    assert finding.code == "DIVERGED"
+    assert finding.evidence["end"] > 1.5 * finding.evidence["start"]
+
+
+@every_seed
+def test_noise_alone_is_no_divergence(seed: int) -> None:
+    """Also where the last three are above 1.5 starts by chance."""
+    for spread in (0.3, 1.0, 2.0):
+        rng = random.Random(seed)
+        history = History()
+        for step in range(60):
+            history.append(step, train_loss=math.exp(rng.gauss(0, spread)))
+        assert "DIVERGED" not in codes(diagnose(history))
+
+
+@every_seed
+@pytest.mark.parametrize("rise", [-0.3, 0.0, 0.03])
+def test_overfitting_takes_a_rise(rise: float, seed: int) -> None:
+    """A validation loss that ends at its best, or next to it, is not told to stop earlier."""
+    val: Shape = lambda x: fall(2.3, 1.0, 0.06)(x) + rise * max(0.0, x - 0.4)  # noqa: E731
+    found = diagnose(curves(seed, fall(2.3, 0.02, 0.1), val))
+    assert "OVERFITTING" not in codes(found)
+    for finding in found:
+        assert "at_step" not in finding.evidence
+        assert "or stop earlier" not in finding.advice
+
+
+@every_seed
+def test_a_gap_that_no_longer_matters_is_not_told(seed: int) -> None:
+    """97% are right, and both losses are small: one a fifth of the other."""
+    assert diagnose(curves(seed, fall(2.3, 0.02, 0.1), fall(2.3, 0.1, 0.1), spread=0.01)) == []
+
+
+@every_seed
+@pytest.mark.parametrize("height", [50.0, -50.0])
+@pytest.mark.parametrize("at", [100, 150, 187, 199])
+def test_one_point_that_is_far_off_changes_nothing(at: int, height: float, seed: int) -> None:
+    off: Shape = lambda x: GOOD(x) + (height if round(x * ROWS) == at else 0.0)  # noqa: E731
+    assert diagnose(curves(seed, off)) == []
+
+
+@every_seed
+@pytest.mark.parametrize("rows", [10, 12, 20])
+def test_a_short_run_is_not_stuck(rows: int, seed: int) -> None:
+    """Where a tenth is three points, a fast fall is over within it."""
+    assert diagnose(curves(seed, GOOD, rows=rows, spread=0.01)) == []
+
+
+@every_seed
+def test_a_loss_that_has_lost_half_has_fallen(seed: int) -> None:
+    """Though the noise would be enough to hide it."""
+    found = codes(diagnose(curves(seed, fall(2.3, 0.5, 0.2), rows=15, spread=0.4)))
+    assert "LR_TOO_HIGH_PLATEAU" not in found
 
 
 def trained(lr: float, seed: int) -> History:

@@ -64,6 +64,8 @@ def test_tensors_become_numbers() -> None:
         "text": ((6,), {"b": 1.0, "a": "x"}, TypeError, "a is not a number: 'x'"),
         "None": ((6,), {"a": None}, TypeError, "a is not a number: None"),
         "vector": ((6,), {"a": torch.ones(2, device="cpu")}, TypeError, "a is not a number"),
+        "twice, and long": ((5,), {"a": 10**5000}, ValueError, "has a a already: a int"),
+        "half a character": ((6,), {"\ud800": 1.0}, ValueError, r"called '\\ud800', which no"),
     },
 )
 def test_wrong_rows_change_nothing(wrong: Any) -> None:
@@ -118,7 +120,22 @@ def test_csv_that_is_no_history(text: str, tmp_path: Path) -> None:
         History.from_csv(path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"step": 1}', '{"step": ["1"], "a": []}'])
+@pytest.mark.parametrize("text", [b"\xff\xfe", b'step,"' + b"1" * 200_000], ids=["UTF-8", "long"])
+def test_csv_that_is_no_text(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.csv"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"some\.csv holds no history"):
+        History.from_csv(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[1]", "{}", '{"step": 1}', '{"step": ["1"], "a": []}', "", "{", "[" * 100_000),
+        *('{"step": [1], "a": ["1"]}', '{"step": ["1"], "a": [1.0]}', '{"step": ["1"], "a": [[]]}'),
+        '{"step": ["1"], "\\ud800": ["1"]}',
+    ],
+)
 def test_json_that_is_no_history(text: str, tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_text(text, encoding="utf-8")
@@ -148,12 +165,18 @@ def test_state_dict() -> None:
     "wrong",
     {
         "step": ({"steps": ["a"]}, TypeError, r"steps\[0\] is not an integer: 'a'"),
-        "half": ({"steps": [0.5]}, TypeError, r"steps\[0\] is not an integer: 0.5"),
+        "half a step": ({"steps": [0.5]}, TypeError, r"steps\[0\] is not an integer: 0.5"),
         "bool": ({"steps": [True]}, TypeError, r"steps\[0\] is not an integer: True"),
         "order": ({"steps": [2, 1]}, ValueError, r"steps must rise: \[2, 1\]"),
         "name": ({"columns": {3: [1.0]}}, TypeError, "a column's name is not a string: 3"),
         "called step": ({"columns": {"step": [1.0]}}, ValueError, r"be called step: \[1.0\]"),
         "value": ({"columns": {"a": ["x"]}}, TypeError, "a is not a number: 'x'"),
+        "bytes": ({"columns": {"a": [b"1"]}}, TypeError, "a is not a number: b'1'"),
+        "second column": ({"columns": {"a": [1.0], "b": [1j]}}, TypeError, "b is not a number: 1j"),
+        "one step": ({"steps": 3}, TypeError, "steps is not a sequence: 3"),
+        "list": ({"columns": [1.0]}, TypeError, r"columns is not a mapping: \[1.0\]"),
+        "number": ({"columns": {"a": 1.0}}, TypeError, "a is not a sequence: 1.0"),
+        "half": ({"columns": {"\ud800": [1.0]}}, ValueError, r"called '\\ud800'"),
     },
 )
 def test_a_wrong_state_changes_nothing(wrong: Any) -> None:
@@ -165,6 +188,9 @@ def test_a_wrong_state_changes_nothing(wrong: Any) -> None:
     assert history == awkward()
     with pytest.raises(ValueError, match="none of a History: it has no steps, columns"):
         history.load_state_dict({})
+    with pytest.raises(TypeError, match="state_dict is none of a History: None"):
+        history.load_state_dict(None)  # type: ignore[arg-type]
+    assert history == awkward()
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])
@@ -173,7 +199,7 @@ def test_writing_that_fails_leaves_the_old_file(kind: str, tmp_path: Path) -> No
     getattr(awkward(), f"to_{kind}")(path)
     before = path.read_bytes()
     wrong = awkward()
-    wrong.append(13, **{"\ud800": 1.0})  # half of a character, which no file can hold
+    wrong._columns["\ud800"] = [None] * 4 + [1.0]  # half of a character, which no file can hold
     with pytest.raises(UnicodeEncodeError):
         getattr(wrong, f"to_{kind}")(path)
     assert path.read_bytes() == before
@@ -216,6 +242,25 @@ def test_sparkline() -> None:
     assert sparkline([1e308, -1e308]) == "▁▁"
     assert sparkline([math.inf, -math.inf, 1e308, 1e308], 2) == "××"
     assert sparkline([]) == ""
+
+
+def test_series_of_all_kinds() -> None:
+    """Iterators and tensors, too; what is no series of numbers is named."""
+    loss = torch.tensor(2.0, requires_grad=True)
+    assert ewma(iter([4.0, loss]), 0.5) == [4.0, 3.0]
+    assert noise(iter([0.0, 0.0, 0.0])) == 0.0
+    assert sparkline(value for value in (1, loss)) == "▁█"
+    for function in (ewma, noise, sparkline):
+        with pytest.raises(TypeError, match=r"values\[1\] is not a number: 'a'"):
+            function([1.0, "a", 2.0])
+        for wrong in (None, 1.0, "12", b"12"):
+            with pytest.raises(TypeError, match="values is not a sequence: "):
+                function(wrong)
+    for width, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match=f"width .*: {width}"):
+            sparkline([1.0], width)
+    with pytest.raises(TypeError, match="names is not a sequence: 'lr'"):
+        awkward().plot(names="lr")
 
 
 def test_text() -> None:

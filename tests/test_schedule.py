@@ -296,7 +296,18 @@ def test_foreign_states_are_refused() -> None:
 @table(
     "wrong",
     {
-        "cooldown": ({"cooldown": {"stable": 0, "decay": 0}}, ValueError, "decay must be .*: 0"),
+        "cooldown": (
+            {"cooldown": {"stable": 0, "decay": 0, "shape": "linear", "min_ratio": 0.0}},
+            ValueError,
+            "decay must be .*: 0",
+        ),
+        "cooldown of text": ({"cooldown": "now"}, ValueError, "cooldown is not that of a .*'now'"),
+        "half a cooldown": ({"cooldown": {"stable": 0}}, ValueError, "cooldown is not that of a "),
+        "no rates": ({"lr": None}, TypeError, "lr is not a sequence: None"),
+        "nan": ({"lr": [NAN]}, ValueError, r"lr must be finite: \[nan\]"),
+        "base that is inf": ({"base_lrs": [INF]}, ValueError, r"base_lrs must be finite: \[inf\]"),
+        "bytes": ({"lr": [b"1"]}, TypeError, r"lr\[0\] is not a number: b'1'"),
+        "schedule": ({"schedule": 5}, TypeError, "schedule is not a sequence: 5"),
         "plateau": ({"multiplier": "x"}, TypeError, "multiplier is not a number: 'x'"),
         "large": ({"multiplier": 2.0}, ValueError, "multiplier must be between 0 and 1: 2.0"),
         "best": ({"best": NAN}, ValueError, "best must be finite: nan"),

@@ -95,7 +95,7 @@ def test_failed_trials_are_recorded_and_do_not_end_the_search() -> None:
     assert result.value == 2.0
     errors = [record.error for record in result.trials]
     assert errors[0] == "ValueError: the objective returned nan"
-    assert errors[3].startswith("ValueError: could not convert")
+    assert errors[3] == "TypeError: the objective's value is not a number: 'text'"
     assert errors[5] == "MemoryError: too large"
     assert [record.value for record in result.trials] == [None, None, 3.0, None, 2.0, None]
 

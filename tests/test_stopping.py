@@ -354,6 +354,13 @@ def test_resuming_something_else(monitor: dict[str, str]) -> None:
     assert stopper.state_dict() == before
 
 
+def progress_of(**change: Any) -> dict[str, Any]:
+    """A state whose metric has got something else."""
+    state = EarlyStopping().state_dict()
+    state["metrics"]["val_loss"].update(change)
+    return state
+
+
 @table(
     "state",
     {
@@ -363,6 +370,15 @@ def test_resuming_something_else(monitor: dict[str, str]) -> None:
         "reason": EarlyStopping().state_dict() | {"reason": "BORED"},
         "metrics": EarlyStopping().state_dict() | {"metrics": [1.0]},
         "progress": EarlyStopping().state_dict() | {"metrics": {"val_loss": {"mode": "min"}}},
+        "steps": EarlyStopping().state_dict() | {"steps": -1},
+        "half a step": EarlyStopping().state_dict() | {"steps": 0.5},
+        "improved": EarlyStopping().state_dict() | {"improved": "yes"},
+        "best": progress_of(best_value="1.0", best_step=0),
+        "best that is nan": progress_of(best_value=NAN, best_step=0),
+        "best without a step": progress_of(best_value=1.0),
+        "a step without a best": progress_of(best_step=1),
+        "best step": progress_of(best_value=1.0, best_step=-1),
+        "count": progress_of(num_bad=None),
     },
 )
 def test_resuming_from_no_state_at_all(state: Any) -> None:

@@ -30,6 +30,7 @@ from fusedopt.bench.machine import describe, environment, free_bytes
 from fusedopt.bench.measure import MIN_ROUNDS
 from fusedopt.extension import DEVICE
 from fusedopt.models import MODELS, Model, ModelError, find
+from fusedopt.output import check_writable, write_whole
 
 # What is measured unless optimizers or models are named: no adam, which is adamw but for one
 # multiplication; adamw on all models up to so many elements, the others, and --quick, on a few.
@@ -178,13 +179,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _see_whether_writable(path: Path) -> None:
     """Before hours of measuring. Leaves a file as it is, and none where there was none."""
-    existed = path.exists()
     try:
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
+        check_writable(path)
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(str(error)) from error
 
 
 def _end_early(found: dict[str, Any], options: argparse.Namespace) -> NoReturn:
@@ -382,10 +382,12 @@ def _bar(total: int) -> Any:
 
 
 def _write(found: dict[str, Any], options: argparse.Namespace) -> None:
+    path = options.json
     try:
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
-        if options.csv is not None:
-            report.write_csv(found, options.csv)
+        if path is not None:
+            write_whole(path, json.dumps(found, indent=1) + "\n")
+        path = options.csv
+        if path is not None:
+            report.write_csv(found, path)
     except OSError as error:
-        raise BenchError(f"{error.filename}: {error.strerror}") from error
+        raise BenchError(f"{path}: {error.strerror}") from error

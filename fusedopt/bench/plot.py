@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from fusedopt.bench.contenders import CONTENDERS
 from fusedopt.bench.machine import describe
 from fusedopt.bench.race import BEST
 from fusedopt.bench.report import Row, best_of_torch, label
+from fusedopt.output import printable, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +67,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
         all_axes = next(panels).subplots(1, len(kinds), squeeze=False)[0]
         for axes, against in zip(all_axes, kinds, strict=True):
             _draw_curve(axes, optimizer, [row for row in rows if row["against"] == against])
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=path.suffix[1:])
     try:
-        figure.savefig(path, dpi=110)
+        write_whole(path, picture.getvalue())
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from error
 
@@ -95,7 +99,7 @@ def _draw_bars(axes: Axes, optimizer: str, rows: list[Row]) -> None:
             colors="black",
             label="limit",
         )
-    axes.set_xticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
+    axes.set_xticks(range(len(rows)), [printable(label(row)) for row in rows], fontsize=8)
     axes.set_ylabel("GB/s")
     axes.set_title(f"{optimizer}: bytes that a step must move, over its time", fontsize=10)
     axes.legend(fontsize=8, ncols=len(names) + 1)

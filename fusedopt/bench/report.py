@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from fusedopt.bench import BenchError
 from fusedopt.bench.contenders import TORCH
 from fusedopt.bench.machine import describe
 from fusedopt.bench.race import BEST
+from fusedopt.output import printable, write_whole
 
 Row = dict[str, Any]
 
@@ -165,8 +167,9 @@ def best_of_torch(row: Row) -> str | None:
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
     """A line for each contender of each case; the points of curves have ``against``."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(_csv_lines(report))
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(_csv_lines(report))
+    write_whole(path, printable(file.getvalue()))
 
 
 def _csv_lines(report: dict[str, Any]) -> Iterator[list[Any]]:
