@@ -33,6 +33,10 @@ __all__ = [
 _BATCH = 1 << 20
 
 
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Names of what foreach operations take at once: of one device and dtype, and not too large."""
     kinds = {name: f"{tensor.device} {tensor.dtype}" for name, tensor in tensors.items()}
@@ -44,8 +48,8 @@ def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
             batches.append([])
             kind, size = kinds[name], tensors[name].numel()
         batches[-1].append(name)
-    # The largest first: when memory runs out, it does so before anything is written.
-    return sorted(batches, key=lambda names: -sum(tensors[n].nbytes for n in names))
+    # The largest is the last, and the first to be written: so when memory runs out, nothing is.
+    return sorted(batches, key=lambda names: sum(_bytes(tensors[n]) for n in names))
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +70,7 @@ def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose:
             )
 
 
-def _give(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+def _give(target: dict[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copy all of it, whatever interrupts."""
 
     def give() -> None:
@@ -177,17 +181,18 @@ class WeightAverage:
             shares = [(list(self.averages), 1.0)]
         elif (calls - self._start) % self._every == 0:
             weight = self._weight()
-            shares = [(names, weight) for names in self._batches]
-            if self._copied:
-                shares.append((self._copied, 1.0))
+            shares = [(self._copied, 1.0)] if self._copied else []
+            shares += [(names, weight) for names in self._batches]
             n_averaged += 1
-        # Each is one call for torch, after which an interrupt may come, but not within.
+        # Each is written by one call of torch: an interrupt may come after that, but not within.
         versions = [self.averages[names[0]]._version for names, _ in shares]
 
         def take_in() -> None:
-            for (names, weight), version in zip(shares, versions, strict=True):
-                if self.averages[names[0]]._version == version:
+            while shares:
+                names, weight = shares[-1]
+                if self.averages[names[0]]._version == versions[len(shares) - 1]:
                     interpolate([self.averages[n] for n in names], [live[n] for n in names], weight)
+                shares.pop()
             self.n_averaged, self._calls = n_averaged, calls
 
         complete(take_in)
@@ -270,14 +275,14 @@ class WeightAverage:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this class or of ``AveragedModel``. Copies it.
 
-        Decay, start and the like are those of the constructor.
+        When it raises, nothing has changed; but an interrupt (Ctrl-C) goes on when all has. Decay, start and the like are those of the constructor.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            TypeError: An entry that should be a tensor is none.
-            ValueError: It does not match; the message has the first name that differs. Or it is an
+            TypeError: An entry that should be a tensor is none, or a count is no integer.
+            ValueError: It does not match, or a count is negative; the message has the first name that differs. Or it is an
                 :class:`EMA`'s, and this is an :class:`SWA`, or the other way round.
             RuntimeError: Within :meth:`swap`.
         """

@@ -108,6 +108,8 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
 def _all_finite(tensors: list[Tensor]) -> bool:
     """False also when the sum of finite numbers overflows."""
     return bool(torch.stack([tensor.sum() for tensor in tensors]).isfinite().all())
+
+
 @torch.no_grad()
 def average_checkpoints(
     checkpoints: Sequence[str | os.PathLike[str] | Mapping[str, Any]],

@@ -8,7 +8,7 @@ what it has done.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-def complete(call: Callable[[], None]) -> None:
+def complete(call: Callable[[], Any]) -> None:
     """Call; again when an interrupt has broken it off, and then the interrupt goes on."""
     try:
         call()
@@ -30,21 +30,26 @@ def complete(call: Callable[[], None]) -> None:
 class Block(AbstractContextManager[None]):
     """A context manager that is entered as a whole or not at all, and left as a whole.
 
-    Unlike a generator's: between its ``yield`` and the block, an interrupt leaves it entered.
+    Not so a generator's, which is left entered by an interrupt between its ``yield`` and the block.
+    (Against one before the first bytecode of ``__exit__``, nothing helps.)
     """
 
+    _entered = False
+
     def _enter(self) -> None:
-        """Enter; when that is broken off anywhere, :meth:`_leave` follows."""
+        """Enter; sets ``_entered`` before the first change. :meth:`_leave` follows on any error."""
         raise NotImplementedError
 
     def _leave(self) -> None:
-        """Leave, as far as it has been entered and not been left."""
+        """Undo what has been done, unless that is undone; resets ``_entered`` after the last."""
         raise NotImplementedError
 
     def _complain(self, error: BaseException | None) -> None:
         """Raise what has to be told after all is done; ``error`` is the block's."""
 
     def __enter__(self) -> None:
+        if self._entered:
+            raise RuntimeError("a block within itself")
         try:
             self._enter()
         except BaseException as error:
@@ -67,15 +72,20 @@ class Block(AbstractContextManager[None]):
         self._complain(error)
 
 
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Where the storage begins, and its bytes; 0, 0 when that is not to be had."""
+    if tensor.layout is torch.strided:
+        storage = tensor.untyped_storage()
+        with suppress(RuntimeError):  # of tensors that are made of others, such as DTensor
+            return storage.data_ptr(), storage.nbytes()
+    return 0, 0
+
+
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements of the same memory."""
-    if tensor.layout is not torch.strided:
-        return (id(tensor),)
+    """Equal for tensors that are the same elements of the same memory, or have no address."""
+    if not _storage(tensor)[0]:
+        return ()
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() if tensor.layout is torch.strided else 0
 
 
 def write(target: Tensor, source: Tensor) -> None:
@@ -95,11 +105,9 @@ def alone(tensors: list[Tensor]) -> list[bool]:
     """For each tensor, whether no other one is in the same memory, or in another part of it."""
     ranges = []
     for index, tensor in enumerate(tensors):
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            if start and storage.nbytes():
-                ranges.append((str(tensor.device), start, start + storage.nbytes(), index))
+        start, nbytes = _storage(tensor)
+        if nbytes:
+            ranges.append((str(tensor.device), start, start + nbytes, index))
     result = [True] * len(tensors)
     furthest = ("", 0, 0)  # of those before: the device, where it ends, and whose that is
     for device, start, end, index in sorted(ranges):
@@ -151,7 +159,7 @@ class Loan:
         self.exchange, self.returns = exchange, returns
         self.written = False
         self._memory = tensor.detach()
-        self._nbytes = _nbytes(self._memory)
+        self._nbytes = _storage(self._memory)[1]
         self._own: Tensor | None = None  # None: it is in its place, or the value has it
         self._owed: Tensor | None = None  # what the value has to take yet
         self._version: int | None = None
@@ -219,7 +227,7 @@ class Loan:
         if self._own is None:
             return
         tensor, memory = self.tensor, self._memory
-        if _nbytes(memory) < self._nbytes:  # someone has freed it; torch would not notice
+        if _storage(memory)[1] < self._nbytes:  # someone has freed it; torch would not notice
             memory = self._own.clone()
         else:
             write(memory, self._own)
@@ -245,7 +253,7 @@ def _places(model: nn.Module) -> list[_Place]:
 
 def _in_place(place: _Place) -> Any:
     _, entries, key, _ = place
-    return entries[key] if key in entries else None
+    return entries[key] if key in entries else None  # noqa: SIM401 # a scripted module has no get()
 
 
 def _put_back(place: _Place) -> None:
@@ -285,7 +293,6 @@ class Swap(Block):
         self._owner, self._make, self._what, self._model = owner, loans, what, model
         self._loans: list[Loan] = []
         self._places: list[_Place] = []
-        self._entered = False
         self._failures: dict[str, Exception] = {}
         self._written: list[str] = []
 
@@ -299,11 +306,6 @@ class Swap(Block):
             return [*made, *(Loan(name, t) for name, t in named if id(t) not in known)]
 
         return Swap(self._owner, loans, self._what, model)
-
-    def __enter__(self) -> None:
-        if self._entered:
-            raise RuntimeError(f"no {self._what} within {self._what}")
-        super().__enter__()
 
     def _enter(self) -> None:
         self._failures, self._written = {}, []
