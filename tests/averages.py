@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import sys
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+import fusedopt
+from fusedopt.swapping import Block
+
+Subject = TypeVar("Subject")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
@@ -42,3 +53,57 @@ def disturb(model: nn.Module, step: int) -> None:
             tensor.logical_not_()
         else:
             tensor.add_(1)
+
+
+# Where nobody's Ctrl-C arrives: Python asks for signals at calls, jumps, and the beginning of a
+# function. Before its first bytecode, __exit__ cannot do anything about it.
+_BLOCK = (Block.__enter__.__code__, Block.__exit__.__code__)
+_SILENT = ("RESUME", "NOP", "LOAD_CONST", "POP_TOP", "POP_BLOCK", "RETURN_VALUE", "RETURN_CONST")
+
+
+def interrupted_everywhere(
+    make: Callable[[], Subject], act: Callable[[Subject], Any]
+) -> Iterator[Subject]:
+    """``act(make())`` for each bytecode of ours in it, with an interrupt there. Yields the subject.
+
+    Of those that are run several times, in loops, it is the second time. In the first round, there
+    is no interrupt.
+    """
+    ours, outer = fusedopt.__path__[0], sys.gettrace()
+    visits: Counter[tuple[Any, int]] = Counter()
+    chosen: dict[tuple[Any, int], int] = {}  # the number of the one to interrupt at
+
+    def run(at: int) -> Subject:
+        subject, passed = make(), 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal passed
+            code = frame.f_code
+            if not code.co_filename.startswith(ours):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                if code in _BLOCK and dis.opname[code.co_code[frame.f_lasti]] in _SILENT:
+                    return trace
+                passed += 1
+                if at == 0:
+                    visits[code, frame.f_lasti] += 1
+                    if visits[code, frame.f_lasti] <= 2:
+                        chosen[code, frame.f_lasti] = passed
+                elif passed == at:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt) if at else contextlib.nullcontext():
+                act(subject)
+                assert not at  # it has been interrupted
+        finally:
+            sys.settrace(outer)
+        return subject
+
+    yield run(0)
+    assert len(chosen) > 50
+    for at in chosen.values():
+        yield run(at)
