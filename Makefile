@@ -25,7 +25,7 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 RESULTS := $(wildcard benchmarks/results/c*.json)
 
 ON_A_DEVICE := $(addprefix tests/test_,$(addsuffix .py,accumulate average averaging best_weights \
-	checks clip device dropin ensemble momentum options precision profiling range_test robust scaler \
+	checkpoints checks clip device dropin ensemble momentum options precision profiling range_test robust scaler \
 	textbook))
 
 # One architecture is enough to develop with; wheels get all (setup.py).

@@ -19,7 +19,9 @@ from helpers import (
     classes,
     every_class,
     make_params,
+    needs_host_memory,
     needs_sparse,
+    not_on_fake,
     nothing_written,
     params_of,
     set_grads,
@@ -324,7 +326,10 @@ REFUSED: dict[str, Any] = {
     "l1": (damaged()(set_group(l1=-1.0)), "l1 of a parameter group"),
     "betas": (damaged()(set_group(betas=(0.9, 0.99, 0.999))), "betas must be two numbers"),
     "differentiable": (damaged(l1=0.1)(set_group(differentiable=True)), "differentiable=True"),
-    "capturable": (damaged(l1=0.1)(set_group(capturable=True)), "capturable=True"),
+    "capturable": pytest.param(
+        (damaged(l1=0.1)(set_group(capturable=True)), "capturable=True"),
+        marks=needs_host_memory,  # on a device it goes with the options
+    ),
     "amsgrad": (
         damaged(state_dtype=torch.uint8)(set_group(amsgrad=True)),
         r"torch\.uint8.*amsgrad.*came with the checkpoint",
@@ -500,6 +505,7 @@ def test_distributed_checkpoints_of_hidden_weights(tmp_path: Path) -> None:
     same(params_of(theirs), params_of(ours))
 
 
+@not_on_fake("no process groups")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.distributed.optim's own
 def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
     """It hands an optimizer's arguments to it twice: as arguments, and in the groups."""
@@ -547,6 +553,7 @@ def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@not_on_fake("no process groups")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_share_of_the_parameters_has_no_norm_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
