@@ -284,11 +284,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         policy = "skip" if unseen and self.nonfinite == "propagate" else self.nonfinite
 
         created: _Created = []
+        dropped: _Created = []
         idle = self._idle_averages
         with stepper:
             try:
                 if idle:  # the averages would lag behind from now on
-                    self._drop_averages(created)
+                    self._drop_averages(dropped)
                     self._idle_averages = False
                 with phase("fusedopt: look"):
                     report = stepper.gather(self.__dict__, False, window, False)
@@ -296,7 +297,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 if fallback or stepper.has_host() or policy == "raise":
                     # What happens on the CPU needs the scaler's tensors at once, wherever they are.
                     if found_inf is not None and float(found_inf):
-                        self._roll_back(created, idle)
+                        self._roll_back([*dropped, *created], idle)
                         self._skip()
                         self._grad_norm = math.nan
                         return
@@ -317,7 +318,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                     with phase("fusedopt: norm"):
                         bad = self._measure(stepper, threads, policy)
                     if bad >= 0 and policy != "propagate":
-                        self._roll_back(created, idle)
+                        self._roll_back([*dropped, *created], idle)
                         self._skip()
                         if policy == "raise":
                             raise RuntimeError(
@@ -333,7 +334,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                     stepper.run(threads, stream)
             except BaseException:
                 if not stepper.wrote():
-                    self._roll_back(created, idle)
+                    self._roll_back([*dropped, *created], idle)
                 raise
         if window:
             self._warn_of_lost_clipping()
