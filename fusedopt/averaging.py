@@ -8,16 +8,16 @@ below half the distance between neighbours. Those of checkpoints and of predicti
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusedopt.arguments import below_one, count, flag, one_of, torch_module
-from fusedopt.ensemble import average_checkpoints, average_predictions, has_mean
+from fusedopt.ensemble import average_checkpoints, average_predictions, has_mean, interpolate
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.swapping import Loan, Swap, alone, complete, write
 
 __all__ = [
     "EMA",
@@ -33,12 +33,8 @@ __all__ = [
 _BATCH = 1 << 20
 
 
-def _interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> None:
-    """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere."""
-    # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
-    # the two rounded factors do not add up to 1: with a decay of 0.999 it drifts 1e-5 away.
-    wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
-    torch._foreach_lerp_(means, wide, weight)
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -52,7 +48,8 @@ def _batches(tensors: Mapping[str, Tensor]) -> list[list[str]]:
             batches.append([])
             kind, size = kinds[name], tensors[name].numel()
         batches[-1].append(name)
-    return batches
+    # The largest is the last, and the first to be written: so when memory runs out, nothing is.
+    return sorted(batches, key=lambda names: sum(_bytes(tensors[n]) for n in names))
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -71,6 +68,17 @@ def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose:
                 f"{whose} has {name!r} in the shape {tuple(theirs[name].shape)}, "
                 f"the average in {tuple(mine[name].shape)}"
             )
+
+
+def _give(target: dict[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy all of it, whatever interrupts."""
+
+    def give() -> None:
+        for name in reversed(target):  # the parameters last: buffers may be views of them
+            write(target[name], source[name])
+
+    with torch.inference_mode(False):
+        complete(give)
 
 
 class WeightAverage:
@@ -109,12 +117,15 @@ class WeightAverage:
         copied = {name for name, tensor in tensors.items() if not has_mean(tensor)}
         if buffers == "copy":
             copied.update(name for name, _ in model.named_buffers())
-        self.averages = {
-            name: t.to(
-                place, t.dtype if name in copied else torch.promote_types(t.dtype, dtype), copy=True
-            )
-            for name, t in tensors.items()
-        }
+        with torch.inference_mode(False):  # or it could not be written to outside of that
+            self.averages = {
+                name: t.to(
+                    place,
+                    t.dtype if name in copied else torch.promote_types(t.dtype, dtype),
+                    copy=True,
+                )
+                for name, t in tensors.items()
+            }
         self._copied = [name for name in tensors if name in copied]
         self._batches = _batches({n: t for n, t in self.averages.items() if n not in copied})
         if not self._batches:
@@ -147,11 +158,13 @@ class WeightAverage:
         if self._swapped:
             raise RuntimeError(f"no {what}() within swap(): the model has the average")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the model's weights, after its optimizer's step. Waits for no device.
 
-        (When the average is on the CPU and the model is not, the copy has to wait.)
+        (When the average is on the CPU and the model is not, the copy has to wait.) An interrupt
+        (Ctrl-C) goes on when all of them are taken in, or before any is.
 
         Args:
             model: Its parameters and buffers have the names and shapes of the first model's.
@@ -161,75 +174,71 @@ class WeightAverage:
             RuntimeError: Within :meth:`swap`.
         """
         live = self._match(model, "update")
-        calls = self._calls + 1 - self._start
-        if calls <= 0:
-            torch._foreach_copy_(list(self.averages.values()), [live[n] for n in self.averages])
-        elif calls % self._every == 0:
+        calls = self._calls + 1
+        n_averaged = self.n_averaged
+        shares: list[tuple[list[str], float]] = []  # names, and the weight of the model in these
+        if calls <= self._start:
+            shares = [(list(self.averages), 1.0)]
+        elif (calls - self._start) % self._every == 0:
             weight = self._weight()
-            for names in self._batches:
-                _interpolate([self.averages[n] for n in names], [live[n] for n in names], weight)
-            if self._copied:
-                copies = [self.averages[n] for n in self._copied]
-                torch._foreach_copy_(copies, [live[n] for n in self._copied])
-            self.n_averaged += 1
-        self._calls += 1
+            shares = [(self._copied, 1.0)] if self._copied else []
+            shares += [(names, weight) for names in self._batches]
+            n_averaged += 1
+        # Each is written by one call of torch: an interrupt may come after that, but not within.
+        versions = [self.averages[names[0]]._version for names, _ in shares]
 
-    @contextmanager
-    def swap(self, model: nn.Module) -> Iterator[None]:
+        def take_in() -> None:
+            while shares:
+                names, weight = shares[-1]
+                if self.averages[names[0]]._version == versions[len(shares) - 1]:
+                    interpolate([self.averages[n] for n in names], [live[n] for n in names], weight)
+                shares.pop()
+            self.n_averaged, self._calls = n_averaged, calls
+
+        complete(take_in)
+
+    def swap(self, model: nn.Module) -> Swap:
         """Within the block, the model has the average, and this has the model's own weights.
 
-        They are exchanged in place, tensor by tensor; of those whose dtype is not the average's
-        there is a copy meanwhile. After the block, also when it raises, the model has its weights
-        and buffers again, to the bit. What the block does to buffers stays with the average:
-        ``torch.optim.swa_utils.update_bn`` belongs here.
+        They are exchanged in place, tensor by tensor. Of those whose dtype is not the average's,
+        and of those that share memory (parts of one storage do), there is a copy meanwhile. Where
+        parameters and buffers share memory, it is the parameters' averages that are in there.
+
+        After the block, also when it raises, the model has its weights and buffers again, to the
+        bit, in their own memory, also when the block has replaced or removed some. What the block
+        does to buffers stays with the average: ``torch.optim.swa_utils.update_bn`` belongs here.
+        (A buffer of another shape does not fit there, and is dropped.)
 
         Args:
             model: As for :meth:`update`.
 
+        Returns:
+            A context manager.
+
         Raises:
             ValueError: The model does not match the average.
             RuntimeError: One block within another. Or the block has written to a parameter: that
-                was the average, which has what was written now.
+                was the average, which has what was written now. Or, after all else has been given
+                back, something could not be; the message names it.
         """
-        live = self._match(model, "swap")
-        parameters = {name for name, _ in model.named_parameters()}
-        # Each is noted before it is written, for an interrupt may come between any two copies.
-        own: dict[str, Tensor | None] = {}  # the model's own weights; None: the average has them
-        lent: set[str] = set()  # of which the model has the average, and nothing else need have it
-        versions: dict[str, int] = {}
-        self._swapped = True
-        try:
-            with torch.no_grad():
-                for name, average in self.averages.items():
-                    own[name] = kept = live[name].clone()
-                    live[name].copy_(average)
-                    if kept.dtype == average.dtype:
-                        lent.add(name)
-                        average.copy_(kept)
-                        own[name] = None
-                    del kept  # or the last would stay in memory as long as the block
-                    versions[name] = live[name]._version
-            yield
-        finally:
-            live.update(_tensors_of(model))  # the block may have moved the model
-            changed = [name for name in versions if live[name]._version != versions[name]]
-            with torch.no_grad():
-                for name, weight in own.items():
-                    if weight is None:
-                        _exchange(live[name], self.averages[name])
-                    else:
-                        if name in lent or name in changed:
-                            self.averages[name].copy_(live[name])
-                        live[name].copy_(weight)
-            self._swapped = False
-        for name in changed:
-            if name in parameters:
-                raise RuntimeError(
-                    f"the block of swap() has written to {name!r}; that was the average, which is "
-                    "spoilt now. The model has its own weights"
-                )
 
-    @torch.no_grad()
+        def loans() -> list[Loan]:
+            self._match(model, "swap")
+            tensors = dict((*model.named_buffers(), *model.named_parameters()))
+            exclusive = alone(list(tensors.values()))
+            return [
+                Loan(
+                    name,
+                    tensor,
+                    self.averages[name],
+                    exchange=is_alone and tensor.dtype == self.averages[name].dtype,
+                    returns=True,
+                )
+                for (name, tensor), is_alone in zip(tensors.items(), exclusive, strict=True)
+            ]
+
+        return Swap(self, loans, "swap()", model)
+
     def copy_to(self, model: nn.Module) -> None:
         """Give a model the averages, in its own dtypes, for good.
 
@@ -240,8 +249,7 @@ class WeightAverage:
             ValueError: It does not match the average.
             RuntimeError: Within :meth:`swap`.
         """
-        live = self._match(model, "copy_to")
-        torch._foreach_copy_([live[n] for n in self.averages], list(self.averages.values()))
+        _give(self._match(model, "copy_to"), self.averages)
 
     def state_dict(self) -> dict[str, Any]:
         """The average in the layout of ``torch.optim.swa_utils.AveragedModel``, which can load it.
@@ -262,18 +270,19 @@ class WeightAverage:
         state._metadata = {"": {"calls": self._calls, "kind": self._kind}}  # type: ignore[attr-defined]
         return state
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this class or of ``AveragedModel``. Copies it.
 
-        Decay, start and the like are those of the constructor.
+        When it raises, nothing has changed; but an interrupt (Ctrl-C) goes on when all has. Decay, start and the like are those of the constructor.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            TypeError: An entry that should be a tensor is none.
-            ValueError: It does not match; the message has the first name that differs. Or it is an
+            TypeError: An entry that should be a tensor is none, or a count is no integer.
+            ValueError: It does not match, or a count is negative; the message has the first name that differs. Or it is an
                 :class:`EMA`'s, and this is an :class:`SWA`, or the other way round.
             RuntimeError: Within :meth:`swap`.
         """
@@ -285,22 +294,23 @@ class WeightAverage:
         loaded = {n.removeprefix("module."): t for n, t in state_dict.items() if n != "n_averaged"}
         if "n_averaged" not in state_dict:
             raise ValueError("state_dict has no 'n_averaged'")
+        n_averaged = count("state_dict['n_averaged']", state_dict["n_averaged"])
+        guess = self._start + n_averaged * self._every if n_averaged else 0
+        calls = count("state_dict._metadata['']['calls']", metadata.get("calls", guess))
         mine = {name: self.averages[first] for name, first in self._saved.items()}
         for name in mine:
             if name in loaded and not isinstance(loaded[name], Tensor):
                 raise TypeError(f"state_dict has {name!r}, which is no tensor: {loaded[name]!r}")
         _check_same(mine, loaded, "state_dict")
-        self.n_averaged = int(state_dict["n_averaged"])
-        guess = self._start + self.n_averaged * self._every if self.n_averaged else 0
-        self._calls = int(metadata.get("calls", guess))
-        for name, average in mine.items():
-            average.copy_(loaded[name])
+        # What cannot be had in the average's form is refused before anything is written.
+        values = {name: loaded[name].detach().to(average) for name, average in mine.items()}
 
+        def take_over() -> None:
+            for name, average in mine.items():
+                average.copy_(values[name])
+            self.n_averaged, self._calls = n_averaged, calls
 
-def _exchange(one: Tensor, other: Tensor) -> None:
-    kept = one.clone()
-    one.copy_(other)
-    other.copy_(kept)
+        complete(take_over)
 
 
 class EMA(WeightAverage):
@@ -461,34 +471,29 @@ class FusedEMA:
                 raise ValueError(f"model has the parameter {name!r}, which optimizer has not")
         self._optimizer, self._model = optimizer, model
 
-    @contextmanager
-    def swap(self, model: nn.Module) -> Iterator[None]:
+    def swap(self, model: nn.Module) -> Swap:
         """Within the block, the model has the average.
 
         Whatever happens in the block, the model has its weights and buffers again after it, to the
-        bit. What the block does to buffers is dropped with that. Costs a copy of the model while it
-        lasts. All parameters of the optimizer are swapped, also those of another model.
+        bit, in their own memory. What the block does to them is dropped with that. Costs a copy of
+        the model while it lasts. All parameters of the optimizer are swapped, also those of another
+        model.
 
         Args:
             model: The constructor's.
 
+        Returns:
+            A context manager.
+
         Raises:
             ValueError: It is another.
-            RuntimeError: One block within another; or there is no ``ema_decay`` any more.
+            RuntimeError: One block within another; or there is no ``ema_decay`` any more. Or, after
+                all else has been given back, something could not be; the message names it.
         """
         if model is not self._model:
             raise ValueError("model is not the one whose parameters the optimizer updates")
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        try:
-            with self._optimizer.swap_ema():
-                yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
+        return self._optimizer.swap_ema().with_all_of(model)
 
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give a model the average and the trained model's buffers, in its own dtypes, for good.
 
@@ -509,5 +514,4 @@ class FusedEMA:
         averages.update(self._model.named_buffers())
         target = _tensors_of(torch_module("model", model))
         _check_same(averages, target, "the model")
-        for name, average in averages.items():
-            target[name].copy_(average)
+        _give(target, averages)

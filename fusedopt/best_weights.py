@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedopt.arguments import count, shown
+from fusedopt.swapping import complete, memory_of
 
 # Where a tensor is in a state dict: the keys and indices that lead to it.
 _Path = tuple[Any, ...]
@@ -89,17 +90,20 @@ class BestWeights:
     def restore(self) -> int:
         """Bring everything back to what was kept.
 
-        All is compared before anything is written: a model's entries and their shapes; an
-        optimizer's groups, and the shapes of its state. Other objects check for themselves.
+        All that can be is compared before anything is written: a model's entries, their shapes and
+        dtypes; an optimizer's groups, and the shapes of its state. (State that has been added since
+        is dropped, and what is missing is made again.) Other objects check for themselves. All are
+        restored, also after one that raises; an interrupt (Ctrl-C) goes on when all are.
 
         Returns:
             The step that was given to :meth:`save`.
 
         Raises:
             RuntimeError: Nothing was saved, or the file is of another step now. Or as for
-                :meth:`save`.
-            ValueError: An entry is not what it was; the message names it. Or the file holds
-                something else altogether.
+                :meth:`save`. Or an object could not be restored; the message names it, and the
+                others have been.
+            ValueError: An entry is not what it was; the message names it, and nothing was restored.
+                Or the file holds something else altogether.
         """
         if self.step is None:
             raise RuntimeError(
@@ -109,14 +113,14 @@ class BestWeights:
                 "EarlyStopping was not given best="
             )
         self._check_not_swapped("restore")
+        failures: dict[str, Exception] = {}
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._kept if self._storage in ("cpu", "device") else self._load()
-            now: dict[str, Any] = {}
-            for name, item in self._stateful.items():
-                if isinstance(item, (nn.Module, torch.optim.Optimizer)):
-                    now[name] = item.state_dict()
-                    _check_same(name, item, kept[name], now[name])
-            places = dict(_tensors(now))
+            if isinstance(self._storage, Path):
+                kept = self._load()
+                self._check_names(kept, str(self._storage))
+            else:
+                kept = self._kept
+            places = dict(_tensors(self._present(kept)))
             copies: dict[int, Tensor] = {}
             written: set[Any] = set()
             targets, sources = [], []
@@ -129,18 +133,31 @@ class BestWeights:
                 if (
                     target is None
                     or (target.shape, target.dtype) != (source.shape, source.dtype)
-                    or _memory(target) in written  # tied now, but not when it was saved
+                    or memory_of(target) in written  # tied now, but not when it was saved
                 ):
                     target = source.clone()
                 else:
-                    written.add(_memory(target))
+                    written.add(memory_of(target))
                     targets.append(target)
                     sources.append(source)
                 copies[id(source)] = target
-            _copy(targets, sources)
-            state = copy.deepcopy(kept, dict(copies))
-            for name, item in self._stateful.items():
-                item.load_state_dict(state[name])
+
+            def bring_back() -> None:
+                state = copy.deepcopy(kept, dict(copies))
+                _copy(targets, sources)
+                for name, item in self._stateful.items():
+                    try:
+                        item.load_state_dict(state[name])
+                    except Exception as error:
+                        failures[name] = error
+
+            complete(bring_back)
+        if failures:
+            name, first = next(iter(failures.items()))
+            raise RuntimeError(
+                f"{', '.join(map(repr, failures))} could not be restored; all else is as it was "
+                f"when step {self.step} was saved. {name}: {first!r}"
+            ) from first
         return self.step
 
     def _check_not_swapped(self, what: str) -> None:
@@ -155,7 +172,6 @@ class BestWeights:
     def _keep(self, states: dict[str, Any], step: int) -> None:
         if isinstance(self._storage, Path):
             self._write(self._storage, states, step)
-            self.step = step
             return
         buffers: dict[_Path, Tensor] = {}
         copies: dict[int, Tensor] = {}
@@ -163,7 +179,7 @@ class BestWeights:
         taken: set[int] = set()
         targets, sources = [], []
         for path, source in _tensors(states):
-            memory = _memory(source)
+            memory = memory_of(source)
             target = by_memory.get(memory)
             if target is None:
                 target = self._buffers.get(path)
@@ -188,9 +204,9 @@ class BestWeights:
             return torch.empty_like(source)
         return torch.empty_like(source, device="cpu", pin_memory=source.device.type == "cuda")
 
-    @staticmethod
-    def _write(path: Path, states: dict[str, Any], step: int) -> None:
+    def _write(self, path: Path, states: dict[str, Any], step: int) -> None:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        whole = False
         try:
             with unfinished.open("wb") as file:
                 torch.save({"step": step, "kept": states}, file)
@@ -199,8 +215,12 @@ class BestWeights:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(unfinished)
             if unsafe:  # it is now that one must know, and not when one needs the file
                 raise TypeError(f"{path} can hold tensors and plain values, not {sorted(unsafe)}")
+            whole = True
             os.replace(unfinished, path)
+            self.step = step
         except BaseException:
+            if whole and not unfinished.exists():  # interrupted after the file was replaced
+                self.step = step
             unfinished.unlink(missing_ok=True)
             raise
 
@@ -213,16 +233,26 @@ class BestWeights:
             )
         return kept
 
-    def _check(self, kept: Mapping[str, Any], where: str) -> None:
-        """What would not fit in the end shall be told before training goes on for it."""
+    def _check_names(self, kept: Mapping[str, Any], where: str) -> None:
         if kept.keys() != self._stateful.keys():
             raise ValueError(f"{where} is of {list(kept)}, not of {list(self._stateful)}")
+
+    def _check(self, kept: Mapping[str, Any], where: str) -> None:
+        """What would not fit in the end shall be told before training goes on for it."""
+        self._check_names(kept, where)
+        try:
+            self._present(kept)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def _present(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """The state dicts of models and optimizers; ValueError unless the kept ones fit."""
+        present: dict[str, Any] = {}
         for name, item in self._stateful.items():
             if isinstance(item, (nn.Module, torch.optim.Optimizer)):
-                try:
-                    _check_same(name, item, kept[name], item.state_dict())
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
+                present[name] = item.state_dict()
+                _check_same(name, item, kept[name], present[name])
+        return present
 
     def __enter__(self) -> BestWeights:
         return self
@@ -234,7 +264,7 @@ class BestWeights:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None or self.step is not None:
-            self.restore()
+            complete(self.restore)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the step, and what is kept, unless that is in a file anyway.
@@ -261,6 +291,7 @@ class BestWeights:
         if step is None:
             self.step = None
             return
+        count("state_dict['step']", step)
         if not kept:
             if not isinstance(self._storage, Path) or not self._storage.is_file():
                 raise ValueError(f"state_dict is of a file, and storage is {self._storage!r}")
@@ -316,11 +347,6 @@ def _tensors(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Tensor]]:
         yield path, tree
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements of the same memory."""
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources, non_blocking=True)
@@ -331,12 +357,24 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _check_same(name: str, item: nn.Module | torch.optim.Optimizer, kept: Any, now: Any) -> None:
     """ValueError when a model or an optimizer is no longer what its kept state is of."""
-    before, after = dict(_tensors(kept)), dict(_tensors(now))
     if isinstance(item, nn.Module):
-        for path in [*before, *after]:
-            if path not in after or path not in before:
-                when = "was not there" if path in after else "is no longer there"
-                raise ValueError(f"{name}: {_text(path)} {when}{_SINCE}")
+        if not isinstance(kept, Mapping):
+            raise ValueError(f"{name}: a model now, but was none{_SINCE}")
+        for entry in [*kept, *now]:
+            if entry not in now or entry not in kept:
+                when = "was not there" if entry in now else "is no longer there"
+                raise ValueError(f"{name}: {entry} {when}{_SINCE}")
+        # What a module has as its extra state is its own business.
+        before, after = (
+            {(entry,): value for entry, value in state.items() if isinstance(value, Tensor)}
+            for state in (kept, now)
+        )
+        for path in before.keys() & after.keys():
+            if before[path].dtype != after[path].dtype:
+                raise ValueError(
+                    f"{name}: {_text(path)} is {after[path].dtype}, but was {before[path].dtype}"
+                    f"{_SINCE}"
+                )
     else:
         if not isinstance(kept, Mapping) or "param_groups" not in kept:
             raise ValueError(f"{name}: an optimizer now, but was none{_SINCE}")
@@ -345,6 +383,7 @@ def _check_same(name: str, item: nn.Module | torch.optim.Optimizer, kept: Any, n
             raise ValueError(
                 f"{name}: param_groups have {sizes[1]} parameters, but had {sizes[0]}{_SINCE}"
             )
+        before, after = dict(_tensors(kept)), dict(_tensors(now))
     for path, tensor in before.items():
         if path in after and after[path].shape != tensor.shape:
             raise ValueError(

@@ -51,11 +51,63 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [n / total if n else 0.0 for n, total in zip(numbers, totals, strict=True)]
 
 
-def _take_in(mean: Tensor, value: Tensor, share: float) -> None:
-    if share == 1:  # there may be anything in the mean yet
-        mean.copy_(value)
-    elif share > 0:
-        mean.lerp_(value.to(mean), share)
+def interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere.
+
+    An infinity stays what it is: the mean with a number, or with an equal one, is infinite, and the
+    mean of both infinities is nan. Waits for no device but the CPU. What is written is written by
+    one call of torch.
+
+    Args:
+        means: Not in less than float32. When the weight is 1, there may be anything in them.
+        values: Of the same shapes.
+        weight: Above 0; 1 copies.
+    """
+    if weight == 1:
+        torch._foreach_copy_(means, values)
+        return
+    # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
+    # the two rounded factors do not add up to 1: with a decay of 0.999 it drifts 1e-5 away.
+    wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
+    # torch's lerp goes from the nearer end: mean + weight (value - mean), or, when the weight is at
+    # least 0.5, value - (1 - weight) (value - mean). It is right as long as that end is finite.
+    # (The other one also counts when numbers are complex, or the weight is 0 in float32.)
+    both = means[0].is_complex() or weight < 2.0**-126
+    from_mean, from_value = weight < 0.5 or both, weight >= 0.5 or both
+    ends = [*(means if from_mean else []), *(wide if from_value else [])]
+    if all(end.device.type == "cpu" for end in ends) and _all_finite(ends):
+        torch._foreach_lerp_(means, wide, weight)
+        return
+    # Elsewhere one would have to wait for the answer. So: without infinities, and then these are
+    # added again; or rather subtracted, for -0.0 - 0.0 is -0.0.
+    outside = []
+    if from_mean:
+        mixed = _without_infinities(means)
+        outside.append(torch._foreach_sub(_real(mixed), _real(means)))
+    else:
+        mixed = [mean.clone() for mean in means]
+    if from_value:
+        near = _without_infinities(wide)
+        outside.append(torch._foreach_sub(_real(near), _real(wide)))
+        wide = near
+    torch._foreach_lerp_(mixed, wide, weight)
+    for part in outside:
+        torch._foreach_sub_(_real(mixed), part)
+    torch._foreach_copy_(means, mixed)
+
+
+def _without_infinities(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies with 0 in their place."""
+    return [tensor.nan_to_num(math.nan, 0.0, 0.0) for tensor in tensors]
+
+
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """False also when the sum of finite numbers overflows."""
+    return bool(torch.stack([tensor.sum() for tensor in tensors]).isfinite().all())
 
 
 @torch.no_grad()
@@ -112,7 +164,8 @@ def average_checkpoints(
             # A later one may need it wider than the first.
             wide = torch.promote_types(mean.dtype, wide_dtype(entries[name]))
             means[name] = mean = mean.to(wide)
-            _take_in(mean, entries[name], share)
+            if share > 0:
+                interpolate([mean], [entries[name]], share)
     result: dict[str, Any] = {}
     for name, value in entries.items():
         if name in means:
@@ -244,8 +297,8 @@ def average_predictions(
                     f"{shapes} in {spec}; {first[1]} in {first[0]}"
                 )
             for mean, leaf in zip(means, leaves, strict=True):
-                if mean is not None:
-                    _take_in(mean, leaf, share)
+                if mean is not None and share > 0:
+                    interpolate([mean], [leaf], share)
     finally:
         for part, mode in modes.items():
             part.training = mode

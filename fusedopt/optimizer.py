@@ -8,8 +8,7 @@ import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, overload
 
 import torch
@@ -34,6 +33,7 @@ from fusedopt.state import (
     whole_weight,
     wide_dtype,
 )
+from fusedopt.swapping import Loan, Swap
 
 # (group, index within the group, what) of one parameter.
 _Missing = list[tuple[int, int, list[str]]]
@@ -440,37 +440,36 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
 
     # The average of the weights ---------------------------------------------------------------
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> Swap:
         """Within the block, the parameters hold the average of the weights, for evaluation.
 
-        Whatever happens in the block, they are themselves again after it. A parameter that no
-        step has updated yet keeps its value. Costs a copy of the parameters while it lasts.
+        Whatever happens in the block, they are themselves again after it, to the bit, in their own
+        memory. A parameter that no step has updated yet keeps its value. Costs a copy of the
+        parameters while it lasts.
+
+        Returns:
+            A context manager.
 
         Raises:
-            RuntimeError: No ``ema_decay`` has been set; or one block within another.
+            ValueError: An average has another shape than its parameter.
+            RuntimeError: No ``ema_decay`` has been set; or one block within another. Or, after all
+                else has been given back, a parameter could not be; the message names it.
         """
-        if self.ema_decay is None:
-            raise RuntimeError("swap_ema() needs an ema_decay; it is None")
-        if self.__dict__.get("_swapped"):
-            raise RuntimeError("swap_ema() within swap_ema()")
-        state = self.__dict__["state"]
-        params = [p for g in self.param_groups for p in g["params"] if "ema" in state.get(p, ())]
-        weights = [p.detach().clone() for p in params]
-        self._swapped = True
-        try:
-            with torch.no_grad():
-                for param in params:
-                    param.copy_(state[param]["ema"])
-            yield
-        finally:
-            self._swapped = False
-            with torch.no_grad():
-                for param, weight in zip(params, weights, strict=True):
-                    if param.shape == weight.shape and param.dtype == weight.dtype:
-                        param.copy_(weight)
-                    else:  # someone has put another tensor there
-                        param.data = weight
+
+        def loans() -> list[Loan]:
+            if self.ema_decay is None:
+                raise RuntimeError("swap_ema() needs an ema_decay; it is None")
+            if self.__dict__.get("_swapped"):
+                raise RuntimeError("swap_ema() within swap_ema()")
+            state = self.__dict__["state"]
+            return [
+                Loan(f"parameter {index} of group {number}", param, state[param]["ema"])
+                for number, group in enumerate(self.param_groups)
+                for index, param in enumerate(group["params"])
+                if "ema" in state.get(param, ())
+            ]
+
+        return Swap(self, loans, "swap_ema()")
 
     # State ------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,14 @@ from torch import Tensor
 
 from fusedopt.arguments import shown
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.swapping import Block, Loan
 
 
-def _overwrite(tensor: Tensor, content: Tensor, grad: Tensor | None) -> None:
-    same = tensor.shape == content.shape and tensor.dtype == content.dtype
-    # Elements that share memory, as expand() makes them, cannot be written one by one.
-    if same and tensor.device == content.device and 0 not in tensor.stride():
-        with torch.no_grad():
-            tensor.copy_(content)
-    else:
-        tensor.data = content
-    if tensor.is_leaf:
-        tensor.grad = grad
+def _overwrite(content: Loan, grad: Tensor | None) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        content.restore()
+    if content.tensor.is_leaf:
+        content.tensor.grad = grad
 
 
 def _refill_dict(target: dict[Any, Any], content: dict[Any, Any]) -> None:
@@ -90,7 +86,9 @@ class _Snapshot:
         inside: list[Any] = []
         if isinstance(value, Tensor):
             grad = value.grad if value.is_leaf else None
-            self._undo.append(partial(_overwrite, value, value.detach().clone(), grad))
+            content = Loan("", value)
+            content.keep()
+            self._undo.append(partial(_overwrite, content, grad))
             if grad is not None:
                 self._leaves.append(value)
         elif isinstance(value, dict):
@@ -168,17 +166,58 @@ def check_arguments(
             )
     if scaler is not None and not all(hasattr(scaler, n) for n in ("scale", "step", "update")):
         raise TypeError(f"scaler is not a GradScaler: {shown(scaler)}")
-    states = optimizer.state.values()
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    states = [state for p, state in optimizer.state.items() if p in params]
     if any(isinstance(state, dict) and int(state.get("grad_count", 0)) for state in states):
         raise RuntimeError(
             "accumulate() has gradients that no step() has used: step() or zero_grad() first"
         )
 
 
-@contextmanager
+class _Trial(Block):
+    """What :func:`trial` returns."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, stateful: Sequence[Any], scaler: Any
+    ) -> None:
+        self._optimizer, self._stateful, self._scaler = optimizer, stateful, scaler
+        self._undo: list[Callable[[], Any]] = []
+
+    def _enter(self) -> None:
+        optimizer = self._optimizer
+        snapshot = _Snapshot()
+        # check_arguments() has asked for the state: a fused optimizer trusts nothing that it knew.
+        snapshot.keep(optimizer)
+        if isinstance(optimizer, FusedOptimizer):
+            # The norm and the count of skipped steps on devices.
+            snapshot.keep(optimizer._reports())
+        modules = [each for each in self._stateful if isinstance(each, torch.nn.Module)]
+        snapshot.keep(modules)
+        if self._scaler is not None:
+            snapshot.keep(vars(self._scaler))
+        others = [each for each in self._stateful if not isinstance(each, torch.nn.Module)]
+        self._undo = [
+            *map(_keep_other, others),  # first, because a scheduler may write into the groups
+            partial(getattr, optimizer, "state"),  # as above
+            snapshot.restore,
+            _keep_rng(),
+        ]
+        self._entered = True
+        snapshot.set_gradients_aside()
+
+    def _leave(self) -> None:
+        if self._entered:
+            try:
+                _do_all(self._undo)
+            except Exception:  # of what cannot be restored; all else has been
+                self._entered = False
+                raise
+            self._entered = False
+
+
 def trial(
     optimizer: torch.optim.Optimizer, stateful: Sequence[Any], scaler: Any = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Within the block one may train; after it, everything is as it was, bit for bit.
 
     However the block ends; when something cannot be restored, all else is, and then that error
@@ -203,32 +242,7 @@ def trial(
         RuntimeError: The optimizer has a window of ``accumulate()`` open.
     """
     check_arguments(optimizer, stateful, scaler)
-    snapshot = _Snapshot()
-    # check_arguments() has asked for the state: a fused optimizer trusts nothing that it knew.
-    snapshot.keep(optimizer)
-    if isinstance(optimizer, FusedOptimizer):
-        snapshot.keep(optimizer._reports())  # the norm and the count of skipped steps on devices
-    modules = [each for each in stateful if isinstance(each, torch.nn.Module)]
-    snapshot.keep(modules)
-    if scaler is not None:
-        snapshot.keep(vars(scaler))
-    others = [_keep_other(each) for each in stateful if not isinstance(each, torch.nn.Module)]
-    restore_rng = _keep_rng()
-    try:
-        snapshot.set_gradients_aside()
-        yield
-    finally:
-        undo: list[Callable[[], Any]] = [
-            *others,  # first, because a scheduler may write into the groups
-            partial(getattr, optimizer, "state"),  # as above
-            snapshot.restore,
-            restore_rng,
-        ]
-        try:
-            _do_all(undo)
-        except KeyboardInterrupt:  # it may have broken one off in the middle
-            _do_all(undo)
-            raise
+    return _Trial(optimizer, stateful, scaler)
 
 
 def train_step(

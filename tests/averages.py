@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dis
+import itertools
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+import fusedopt
+from fusedopt.swapping import Block
+
+Subject = TypeVar("Subject")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
@@ -42,3 +52,47 @@ def disturb(model: nn.Module, step: int) -> None:
             tensor.logical_not_()
         else:
             tensor.add_(1)
+
+
+# Where nobody's Ctrl-C arrives: Python asks for signals at calls, jumps, and the beginning of a
+# function. Before its first bytecode, __exit__ cannot do anything about it.
+_BLOCK = (Block.__enter__.__code__, Block.__exit__.__code__)
+_SILENT = ("RESUME", "NOP", "LOAD_CONST", "POP_TOP", "POP_BLOCK", "RETURN_VALUE", "RETURN_CONST")
+
+
+def interrupted_everywhere(
+    make: Callable[[], Subject], act: Callable[[Subject], Any]
+) -> Iterator[Subject]:
+    """``act(make())`` for each bytecode of ours in it, with an interrupt there. Yields the subject.
+
+    In the last one, nothing was interrupted any more.
+    """
+    ours, outer = fusedopt.__path__[0], sys.gettrace()
+    for at in itertools.count(1):
+        subject, passed = make(), 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal passed
+            if not frame.f_code.co_filename.startswith(ours):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+                if not (frame.f_code in _BLOCK and name in _SILENT):
+                    passed += 1
+                    if passed == at:  # noqa: B023 # called within this round only
+                        raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            act(subject)
+        except KeyboardInterrupt:
+            yield subject
+        else:
+            sys.settrace(outer)
+            assert at > 50  # it has been interrupted
+            yield subject
+            return
+        finally:
+            sys.settrace(outer)

@@ -12,13 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from averages import DTYPES, assert_equal, disturb, make_model
-from helpers import needs_running_statistics, random_tensor, table, through_a_file
+from averages import DTYPES, assert_equal, disturb, interrupted_everywhere, make_model
+from helpers import (
+    needs_host_memory,
+    needs_running_statistics,
+    needs_zero_tensors,
+    random_tensor,
+    table,
+    through_a_file,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fusedopt
-from fusedopt import averaging
+from fusedopt import averaging, ensemble, swapping
 from fusedopt.averaging import EMA, SWA, FusedEMA, WeightAverage
 
 
@@ -271,6 +278,94 @@ def test_bad_arguments(options: tuple[dict[str, Any], type[Exception], str]) -> 
             SWA(**arguments)
 
 
+@table("slow", {"fast": False, "slow": True})
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.5, 0.9, 1e-60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_infinities_stay_what_they_are(
+    dtype: torch.dtype, weight: float, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is finite has torch's bits, also beside them, and where one does not look first."""
+    if slow:
+        monkeypatch.setattr(ensemble, "_all_finite", lambda _: False)
+    numbers = [math.inf, -math.inf, 0.0, -0.0, 1.5, -1e30] + [math.nan] * (not dtype.is_complex)
+    pairs = torch.tensor(list(itertools.product(numbers, numbers)), dtype=torch.float64)
+    order = torch.randperm(
+        len(pairs), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
+
+    def whole(parts: Tensor) -> Tensor:
+        parts = parts.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        other = parts[order.to(parts.device)]
+        return torch.complex(parts, other) if dtype.is_complex else parts
+
+    mean, value = whole(pairs[:, 0]), whole(pairs[:, 1])
+    found = mean.clone()
+    ensemble.interpolate([found], [value], weight)
+    finite = mean.isfinite() & value.isfinite()
+    wanted = whole(pairs.sum(1))  # of infinities and nan
+    exact = mean[finite]
+    torch._foreach_lerp_([exact], [value[finite]], weight)
+    parts = [torch.view_as_real(t) if dtype.is_complex else t for t in (mean, value, found, wanted)]
+    odd = ~(parts[0].isfinite() & parts[1].isfinite())
+    torch.testing.assert_close(parts[2][odd], parts[3][odd], rtol=0, atol=0, equal_nan=True)
+    kept = found[finite].cpu().view(dtype).contiguous()
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int64
+    assert torch.equal(kept.view(as_bits), exact.cpu().contiguous().view(as_bits))
+
+
+@table("make", {"EMA": lambda m: EMA(m, 0.5), "SWA": lambda m: SWA(m, start=1)})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_infinities_are_their_own_average(
+    make: Callable[[nn.Module], WeightAverage], dtype: torch.dtype
+) -> None:
+    model = nn.Linear(3, 1, bias=False, dtype=dtype)
+    rows = [[-math.inf, math.inf, 1.0], [-math.inf, math.inf, 3.0], [-math.inf, 0.0, math.inf]]
+    average = make(model)
+    for row in rows:
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([row]))
+        average.update(model)
+    assert average.averages["weight"].tolist() == [[-math.inf, math.inf, math.inf]]
+    with torch.no_grad():
+        model.weight.fill_(-math.inf)
+    average.update(model)
+    found = average.averages["weight"][0].tolist()
+    assert found[0] == -math.inf
+    assert all(map(math.isnan, found[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@table("make", {"EMA": lambda m: EMA(m, 0.5, buffers="average"), "SWA": lambda m: SWA(m, start=0)})
+def test_an_update_is_whole_wherever_it_is_interrupted(
+    make: Callable[[nn.Module], WeightAverage], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(averaging, "_BATCH", 3)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(dtype)
+
+    def begin() -> WeightAverage:
+        torch.manual_seed(0)
+        average = make(model)
+        for value in average.averages.values():
+            value.fill_(2)
+        average.n_averaged = average._calls = 3
+        return average
+
+    def state(average: WeightAverage) -> dict[str, Tensor]:
+        counts = torch.tensor([average.n_averaged, average._calls])
+        return {**average.averages, "counts": counts}
+
+    before = state(begin())
+    average = begin()
+    average.update(model)
+    after = state(average)
+    seen = set()
+    for average in interrupted_everywhere(begin, lambda average: average.update(model)):
+        done = average.n_averaged == 4
+        assert_equal(state(average), after if done else before)
+        seen.add(done)
+    assert seen == {False, True}
+
+
 # --- Using them -----------------------------------------------------------------------------------
 
 
@@ -453,6 +548,363 @@ def test_copy_to(dtype: torch.dtype) -> None:
     assert all(p.requires_grad for p in target.parameters())
 
 
+def tie(model: nn.Sequential) -> None:
+    """Two parameters in the same memory."""
+    model[3].bias.data = model[2].bias.data
+
+
+def overlap(model: nn.Sequential) -> None:
+    """In parts of it, in another shape."""
+    memory = model[0].weight.data.view(-1)
+    model[2].bias.data = memory[2:6]
+    model[3].bias.data = memory[4:8]
+
+
+def view(model: nn.Sequential) -> None:
+    """Buffers that are views of parameters."""
+    model.register_buffer("first", model[0].weight.detach()[0])
+    model.register_buffer("bits", model[0].weight.detach().view(torch.uint8))
+
+
+def flatten(model: nn.Sequential) -> None:
+    """All in one buffer, with one version counter for all of them."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    floats = [(n, t) for n, t in named if t.is_floating_point()]
+    flat = torch.cat([t.detach().reshape(-1) for _, t in floats])
+    for (name, tensor), part in zip(
+        floats, flat.split([t.numel() for _, t in floats]), strict=True
+    ):
+        owner, _, key = name.rpartition(".")
+        part = part.view(tensor.shape)
+        module = model.get_submodule(owner)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, key, nn.Parameter(part))
+        else:
+            module._buffers[key] = part
+    model[3].weight = model[2].weight
+    model.register_buffer("flat", flat)
+
+
+SHARED = {"tied": tie, "overlapping": overlap, "views": view, "flat": flatten}
+
+
+@needs_host_memory
+@table("share", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swap_of_weights_that_share_memory(
+    share: Callable[[nn.Sequential], None], dtype: torch.dtype
+) -> None:
+    model = make_model(dtype)
+    share(model)
+    ema = averaged(model)
+    own, averages = contents(model), {n: t.clone() for n, t in ema.averages.items()}
+    with ema.swap(model):
+        for name, p in model.named_parameters():
+            if share is not overlap:
+                assert torch.equal(p, averages[name].to(dtype))
+        assert torch.equal(model[3].bias, averages["3.bias"].to(dtype))  # the last of all
+    assert_equal(contents(model), own)
+    assert_equal(ema.averages, averages)
+    with ema.swap(model):
+        update_bn([torch.randn(8, 4, dtype=dtype) for _ in range(3)], model)
+        refreshed = model[1].running_mean.clone()
+    assert_equal(contents(model), own)
+    assert torch.equal(ema.averages["1.running_mean"].to(dtype), refreshed)
+    with pytest.raises(RuntimeError, match="has written to"), ema.swap(model):
+        nn.init.ones_(model[2].bias)
+    assert_equal(contents(model), own)
+    ema.copy_to(model)
+    assert torch.equal(model[3].bias, ema.averages["3.bias"].to(dtype))
+
+
+def replace_buffer(model: nn.Sequential) -> None:
+    model.cache = torch.full((3,), 7.0, dtype=model.cache.dtype)
+
+
+def replace_in_inference_mode(model: nn.Sequential) -> None:
+    with torch.inference_mode():
+        model.cache = model.cache * 2
+
+
+def reshape_buffer(model: nn.Sequential) -> None:
+    model.cache = torch.zeros(5)
+    model[1].running_mean = torch.zeros(1, 4)
+
+
+def remove(model: nn.Sequential) -> None:
+    del model[0].weight
+    del model[1].running_var
+    model[2].bias = None
+    model[0].weight = torch.zeros(4, 4)  # no parameter
+
+
+def replace_parameter(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    model[3] = nn.Linear(4, 4)
+
+
+def repoint(model: nn.Sequential) -> None:
+    model[0].weight.data = torch.zeros(4, 4)
+    model[2].bias.data = torch.zeros(9)
+
+
+def cast(model: nn.Sequential) -> None:
+    model.to(torch.float16)
+
+
+def free(model: nn.Sequential) -> None:
+    model[0].weight.untyped_storage().resize_(0)
+
+
+CHANGES = {
+    "new buffer": replace_buffer,
+    "new buffer of inference mode": replace_in_inference_mode,
+    "other shapes": reshape_buffer,
+    "removed": remove,
+    "new parameter": replace_parameter,
+    "other memory": repoint,
+    "cast": cast,
+}
+
+
+@needs_host_memory
+@table("change", {**CHANGES, "freed": free})
+@table("which", {"EMA": "EMA", "bfloat16": "bfloat16", "shared": "shared", "FusedEMA": "FusedEMA"})
+def test_what_the_block_does_to_the_model_is_undone(
+    change: Callable[[nn.Sequential], None], which: str
+) -> None:
+    """The same tensors are in their places, in their own memory, with every bit."""
+    if change is free and which in ("EMA", "shared"):
+        pytest.skip("the average was in there, or that of others")
+    model: Any
+    if which == "FusedEMA":
+        model, _, ema = fused()
+    else:
+        model = make_model(torch.bfloat16 if which == "bfloat16" else torch.float32)
+        if which == "shared":
+            flatten(model)
+        ema = averaged(model)
+    own, parts = contents(model), list(model)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    addresses = [t.data_ptr() for _, t in named]
+    averages = {n: t.clone() for n, t in getattr(ema, "averages", {}).items()}
+    with ema.swap(model):
+        change(model)
+    model[3] = parts[3]  # of the modules themselves nobody promises anything
+    assert_equal(contents(model), own)
+    assert all(
+        now is before
+        for (_, now), (_, before) in zip(
+            sorted([*model.named_parameters(), *model.named_buffers()], key=lambda x: x[0]),
+            sorted(named, key=lambda x: x[0]),
+            strict=True,
+        )
+    )
+    if change is not free:
+        assert addresses == [t.data_ptr() for _, t in named]
+    if averages:
+        for name, average in ema.averages.items():
+            if name in ("cache", "flat", "1.running_mean", "1.running_var"):
+                continue  # what the block did to buffers
+            assert torch.equal(average, averages[name])
+        if change in (replace_buffer, replace_in_inference_mode):
+            assert (ema.averages["cache"] != averages["cache"]).all()
+        ema.update(model)
+        ema.state_dict()
+    with ema.swap(model):
+        pass
+
+
+def test_a_buffer_that_forward_replaces_stays_with_the_average() -> None:
+    """Evaluated in inference mode, from which nothing can be written to outside."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            return x * self.weight
+
+    model = Counts()
+    ema = averaged(model)
+    own, seen = contents(model), ema.averages["seen"].clone()
+    with ema.swap(model), torch.inference_mode():
+        model(torch.ones(2))
+    assert_equal(contents(model), own)
+    assert torch.equal(ema.averages["seen"], seen + 1)
+    model.seen.add_(1)  # no tensor of inference mode
+    ema.update(model)
+
+
+def test_a_model_of_inference_mode_has_an_average() -> None:
+    with torch.inference_mode():
+        model = make_model()
+        ema = EMA(model, 0.5)
+    own = contents(model)
+    ema.update(model)
+    with ema.swap(model):
+        pass
+    assert_equal(contents(model), own)
+    assert ema.n_averaged == 1
+
+
+@needs_zero_tensors
+def test_swap_of_a_model_that_moves_to_another_device() -> None:
+    """Its weights go with it; on this device there is nothing to see but that they do."""
+    model = nn.Linear(2, 2, device="cpu")
+    ema = averaged(model)
+    own, tensor = contents(model), model.weight
+    with ema.swap(model):
+        model.weight.data = model.weight.data.to("meta")
+    assert model.weight is tensor
+    assert model.weight.device.type == "meta"
+    assert torch.equal(model.bias, own["bias"])
+
+
+@needs_host_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expanded_tensors(dtype: torch.dtype) -> None:
+    """Whose elements are one in memory, which torch does not write to."""
+    model = make_model(dtype)
+    model.register_buffer("wide", torch.ones(2, 1).expand(2, 3))
+    ema = averaged(nn.ModuleList([model])[0])
+    model.wide = torch.full((2, 1), 3.0).expand(2, 3)
+    for use in (lambda: ema.swap(model), lambda: ema.swap(model)):
+        with use():
+            assert torch.equal(model.wide, ema.averages["wide"])
+        assert model.wide.stride() == (1, 0)
+        assert (model.wide == 3).all()
+    ema.copy_to(model)
+    assert torch.equal(model.wide, ema.averages["wide"])
+
+
+@needs_host_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@table("which", {"EMA": "EMA", "FusedEMA": "FusedEMA"})
+def test_what_cannot_be_given_back_is_named_and_all_else_is(
+    which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, ema = fused(dtype)
+    if which == "EMA":
+        ema = averaged(model)  # type: ignore[assignment]
+    name = {"EMA": r"2\.bias", "FusedEMA": "parameter 4 of group 0"}[which]
+    own, address, write = contents(model), model[2].bias.data_ptr(), swapping.write
+
+    def refuse(target: Tensor, source: Tensor) -> None:
+        if target.data_ptr() == address:
+            raise RuntimeError("not now")
+        write(target, source)
+
+    told = rf"after the block of swap\w*\(\), {name} could not be given back; .*: not now"
+    with pytest.raises(RuntimeError, match=told), ema.swap(model):
+        monkeypatch.setattr(swapping, "write", refuse)
+    monkeypatch.undo()
+    left = contents(model)
+    assert not torch.equal(left.pop("2.bias"), own.pop("2.bias"))
+    assert_equal(left, own)
+    with ema.swap(model):  # and it may be entered again
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@table("which", {"EMA": "EMA", "FusedEMA": "FusedEMA"})
+def test_what_cannot_be_entered_has_not_been(
+    which: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever tensor it is that does not take the average."""
+    model, _, ema = fused(dtype)
+    if which == "EMA":
+        ema = averaged(model)  # type: ignore[assignment]
+    own, write = contents(model), swapping.write
+    averages = {n: t.clone() for n, t in getattr(ema, "averages", {}).items()}
+    for at in range(1, 6):
+        calls = itertools.count(1)
+
+        def refuse(target: Tensor, source: Tensor) -> None:
+            if next(calls) == at:  # noqa: B023 # called within this round only
+                raise RuntimeError("not now")
+            write(target, source)
+
+        monkeypatch.setattr(swapping, "write", refuse)
+        with pytest.raises(RuntimeError, match="^not now$"), ema.swap(model):
+            pytest.fail("the block is not entered")
+        monkeypatch.undo()
+        assert_equal(contents(model), own)
+        assert_equal(getattr(ema, "averages", {}), averages)
+
+
+def small(dtype: torch.dtype) -> tuple[nn.Module, EMA]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)).to(dtype)
+    model.register_buffer("count", torch.zeros(1))
+    model[1].weight.data = model[0].weight.data[:1]
+    return model, averaged(model)
+
+
+def state_of(subject: tuple[nn.Module, EMA]) -> dict[str, Tensor]:
+    model, ema = subject
+    return {
+        **{f"model.{n}": t for n, t in contents(model).items()},
+        **{n: t.clone() for n, t in ema.averages.items()},
+        "counts": torch.tensor([ema.n_averaged, ema._calls, ema._swapped]),
+    }
+
+
+def swap_once(subject: tuple[nn.Module, EMA]) -> None:
+    with subject[1].swap(subject[0]):
+        pass
+
+
+def load_zeros(subject: tuple[nn.Module, EMA]) -> None:
+    subject[1].load_state_dict({n: t * 0 for n, t in subject[1].state_dict().items()})
+
+
+@needs_host_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@table(
+    "act",
+    {
+        "swap": swap_once,
+        "copy_to": lambda subject: subject[1].copy_to(subject[0]),
+        "load_state_dict": load_zeros,
+    },
+)
+def test_all_is_whole_wherever_it_is_interrupted(
+    act: Callable[[tuple[nn.Module, EMA]], None], dtype: torch.dtype
+) -> None:
+    before, subject = state_of(small(dtype)), small(dtype)
+    act(subject)
+    after = state_of(subject)
+    for subject in interrupted_everywhere(lambda: small(dtype), act):
+        now = state_of(subject)
+        changed = any(not torch.equal(now[n], before[n]) for n in now)
+        assert_equal(now, after if changed else before)
+
+
+@needs_host_memory
+def test_the_fused_swap_is_whole_wherever_it_is_interrupted() -> None:
+    def make() -> tuple[nn.Module, FusedEMA]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+        optimizer = fusedopt.SGD(model.parameters(), lr=0.1, ema_decay=0.5)
+        model(torch.ones(2, 2)).sum().backward()
+        for _ in range(2):
+            optimizer.step()
+        return model, FusedEMA(optimizer, model)
+
+    def act(subject: tuple[nn.Module, FusedEMA]) -> None:
+        with subject[1].swap(subject[0]):
+            subject[0][1].running_mean.add_(1)
+
+    own = contents(make()[0])
+    for model, ema in interrupted_everywhere(make, act):
+        assert_equal(contents(model), own)
+        ema._optimizer.step()  # it is not taken to be swapped
+
+
 # --- Checkpoints of averages ----------------------------------------------------------------------
 
 
@@ -547,6 +999,29 @@ def test_loading_copies_and_checks() -> None:
     plain = OrderedDict(saved)  # a dict that has lost what is beside its entries
     ema.load_state_dict(dict(plain))
     assert ema.n_averaged == 0
+
+
+@table(
+    "row",
+    {
+        "shape": ({"module.mask": torch.zeros(3)}, ValueError, r"'mask' in the shape \(3,\)"),
+        "no tensor": ({"module.mask": [True]}, TypeError, "'mask', which is no tensor"),
+        "no data": ({"module.mask": torch.zeros(2, device="meta")}, NotImplementedError, "no data"),
+        "count": ({"n_averaged": torch.tensor(1.5)}, TypeError, r"\['n_averaged'\] is not an int"),
+        "several": ({"n_averaged": torch.ones(2).int()}, TypeError, r"\['n_averaged'\] is not"),
+        "negative": ({"n_averaged": -1}, ValueError, r"\['n_averaged'\] must be at least 0: -1"),
+    },
+)
+def test_a_refused_state_changes_nothing(row: tuple[dict[str, Any], type[Exception], str]) -> None:
+    entries, error, message = row
+    model = make_model()
+    ema = averaged(model)
+    other = EMA(model, 0.5)
+    before = copy.deepcopy(other.averages)
+    with pytest.raises(error, match=message):
+        other.load_state_dict({**ema.state_dict(), **entries})
+    assert_equal(other.averages, before)
+    assert (other.n_averaged, other._calls) == (0, 0)
 
 
 def test_an_average_of_another_kind() -> None:
