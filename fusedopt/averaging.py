@@ -70,14 +70,14 @@ def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose:
             )
 
 
-def _give(target: dict[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy all of it, whatever interrupts."""
+def _give(model: nn.Module, averages: Mapping[str, Tensor]) -> None:
+    """Copy all of it, whatever interrupts; where memory is shared, as :meth:`swap` does."""
 
     def give() -> None:
-        for name in reversed(target):  # the parameters last: buffers may be views of them
-            write(target[name], source[name])
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+            write(tensor.detach(), averages[name])
 
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         complete(give)
 
 
@@ -249,7 +249,8 @@ class WeightAverage:
             ValueError: It does not match the average.
             RuntimeError: Within :meth:`swap`.
         """
-        _give(self._match(model, "copy_to"), self.averages)
+        self._match(model, "copy_to")
+        _give(model, self.averages)
 
     def state_dict(self) -> dict[str, Any]:
         """The average in the layout of ``torch.optim.swa_utils.AveragedModel``, which can load it.
@@ -275,15 +276,17 @@ class WeightAverage:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this class or of ``AveragedModel``. Copies it.
 
-        When it raises, nothing has changed; but an interrupt (Ctrl-C) goes on when all has. Decay, start and the like are those of the constructor.
+        Decay, start and the like are those of the constructor. When it raises, nothing has changed;
+        an interrupt (Ctrl-C) goes on when all has, or nothing.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
             TypeError: An entry that should be a tensor is none, or a count is no integer.
-            ValueError: It does not match, or a count is negative; the message has the first name that differs. Or it is an
-                :class:`EMA`'s, and this is an :class:`SWA`, or the other way round.
+            ValueError: It does not match; the message has the first name that differs. Or a count
+                is negative. Or it is an :class:`EMA`'s, and this is an :class:`SWA`, or the other
+                way round.
             RuntimeError: Within :meth:`swap`.
         """
         self._check_not_swapped("load_state_dict")
@@ -512,6 +515,5 @@ class FusedEMA:
             name: state[p]["ema"] if "ema" in state.get(p, ()) else p for name, p in source.items()
         }
         averages.update(self._model.named_buffers())
-        target = _tensors_of(torch_module("model", model))
-        _check_same(averages, target, "the model")
-        _give(target, averages)
+        _check_same(averages, _tensors_of(torch_module("model", model)), "the model")
+        _give(model, averages)

@@ -107,7 +107,15 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
 
 def _all_finite(tensors: list[Tensor]) -> bool:
     """False also when the sum of finite numbers overflows."""
-    return bool(torch.stack([tensor.sum() for tensor in tensors]).isfinite().all())
+    sums = [tensor.sum() for tensor in tensors if tensor.numel() >= _LARGE]
+    small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < _LARGE]
+    if small:
+        sums.append(torch.cat(small).sum())
+    return bool(torch.stack(sums).isfinite().all())
+
+
+# So many elements are worth a call of torch; less are put together first.
+_LARGE = 1 << 14
 
 
 @torch.no_grad()

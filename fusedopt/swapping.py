@@ -89,15 +89,19 @@ def memory_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def write(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor of the same shape into another's memory, whoever made that and in what mode."""
+    """Copy a tensor of the same shape into another's memory, whoever made that and in what mode.
+
+    To be called without gradients, and outside of inference mode, where nobody is told of a write.
+    """
     if target.layout is torch.strided:
         # Elements that share memory, as expand() makes them, are written once.
         for dim in (d for d, stride in enumerate(target.stride()) if stride == 0):
             if target.shape[dim]:
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    # A tensor from inference_mode() can be written to in there only. In there, others are not told
-    # that they have been written to.
-    with torch.inference_mode(target.is_inference()), torch.no_grad():
+    if not target.is_inference():
+        target.copy_(source)
+        return
+    with torch.inference_mode():  # the only place where such a tensor can be written to
         target.copy_(source)
 
 
@@ -193,20 +197,27 @@ class Loan:
             return
         if self._version is not None and self.value is not None and self.returns:
             version = _version(self.tensor)
-            if self.exchange:
+            if self._is_freed():  # torch would not notice, and read what is not there
+                self.written, self._owed = self.exchange, None
+                if self.exchange:
+                    self._own = self.value.clone()
+            elif self.exchange:
                 self.written = version != self._version
             elif version != self._version or version == -1:
                 self.written = not _same(self._memory, self.value)
-            if self.written:
-                self._owed = self._memory
+                self._owed = self._memory if self.written else None
             if self._is_new_buffer(now):
                 self._owed = now.detach()
         self._ended = True
+
+    def _is_freed(self) -> bool:
+        return _storage(self._memory)[1] < self._nbytes
 
     def _is_new_buffer(self, now: Tensor) -> bool:
         """Whether someone has put a buffer in the tensor's place, and not only moved the model."""
         return (
             not isinstance(self.tensor, nn.Parameter)
+            and not self._is_freed()
             and memory_of(now) != memory_of(self._memory)
             and now.shape == self._memory.shape
             and not _same(now, self._memory)
@@ -227,7 +238,7 @@ class Loan:
         if self._own is None:
             return
         tensor, memory = self.tensor, self._memory
-        if _storage(memory)[1] < self._nbytes:  # someone has freed it; torch would not notice
+        if self._is_freed():
             memory = self._own.clone()
         else:
             write(memory, self._own)

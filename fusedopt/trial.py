@@ -198,7 +198,7 @@ class _Trial(Block):
         others = [each for each in self._stateful if not isinstance(each, torch.nn.Module)]
         self._undo = [
             *map(_keep_other, others),  # first, because a scheduler may write into the groups
-            partial(getattr, optimizer, "state"),  # as above
+            *([optimizer._forget_state] if isinstance(optimizer, FusedOptimizer) else []),
             snapshot.restore,
             _keep_rng(),
         ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
-import itertools
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypeVar
@@ -65,34 +66,44 @@ def interrupted_everywhere(
 ) -> Iterator[Subject]:
     """``act(make())`` for each bytecode of ours in it, with an interrupt there. Yields the subject.
 
-    In the last one, nothing was interrupted any more.
+    Where a bytecode is come by several times, at the first two. In the first round, there is no
+    interrupt.
     """
     ours, outer = fusedopt.__path__[0], sys.gettrace()
-    for at in itertools.count(1):
+    visits: Counter[tuple[Any, int]] = Counter()
+    chosen: list[int] = []  # the numbers of those to interrupt at
+
+    def run(at: int) -> Subject:
         subject, passed = make(), 0
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
             nonlocal passed
-            if not frame.f_code.co_filename.startswith(ours):
+            code = frame.f_code
+            if not code.co_filename.startswith(ours):
                 return None
             frame.f_trace_opcodes = True
             if event == "opcode":
-                name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-                if not (frame.f_code in _BLOCK and name in _SILENT):
-                    passed += 1
-                    if passed == at:  # noqa: B023 # called within this round only
-                        raise KeyboardInterrupt
+                if code in _BLOCK and dis.opname[code.co_code[frame.f_lasti]] in _SILENT:
+                    return trace
+                passed += 1
+                if at == 0:
+                    visits[code, frame.f_lasti] += 1
+                    if visits[code, frame.f_lasti] <= 2:
+                        chosen.append(passed)
+                elif passed == at:
+                    raise KeyboardInterrupt
             return trace
 
         sys.settrace(trace)
         try:
-            act(subject)
-        except KeyboardInterrupt:
-            yield subject
-        else:
-            sys.settrace(outer)
-            assert at > 50  # it has been interrupted
-            yield subject
-            return
+            with contextlib.suppress(KeyboardInterrupt) if at else contextlib.nullcontext():
+                act(subject)
+                assert not at  # it has been interrupted
         finally:
             sys.settrace(outer)
+        return subject
+
+    yield run(0)
+    assert len(chosen) > 50
+    for at in chosen:
+        yield run(at)

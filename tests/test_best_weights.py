@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from averages import interrupted_everywhere
 from helpers import (
     DEVICE,
     every_class_with,
     make_params,
     needs_host_memory,
+    needs_sparse,
     set_grads,
     table,
     through_a_file,
@@ -518,6 +520,162 @@ def test_what_has_changed_since(storage: str, row: Any, place: Callable[[str], A
     before = contents(model, optimizer)
     assert best.restore() == 1
     assert same(contents(model, optimizer), before)
+
+
+def test_a_model_in_another_dtype_since() -> None:
+    """It could not hold all bits of what was kept."""
+    model = nn.Linear(2, 2)
+    best = BestWeights({"model": model})
+    best.save(0)
+    expected = contents(model)
+    model.bfloat16()
+    before = contents(model)
+    with pytest.raises(
+        ValueError, match=r"model: bias is torch.bfloat16, but was torch.float32|model: weight"
+    ):
+        best.restore()
+    assert same(contents(model), before)
+    model.float()
+    assert best.restore() == 0
+    assert same(contents(model), expected)
+    with pytest.raises(ValueError, match=r"state_dict: net: .* is torch.float64, but was torch.fl"):
+        BestWeights({"net": nn.Linear(2, 2).double()}).load_state_dict(
+            {"step": 0, "kept": {"net": expected[0]}}
+        )
+
+
+@needs_sparse
+def test_a_sparse_entry_that_is_gone() -> None:
+    """Nothing is written before that is known."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    best = BestWeights({"model": model})
+    best.save(0)
+    for change in (
+        lambda: setattr(model, "graph", torch.eye(3).to_sparse()),
+        lambda: delattr(model, "graph"),
+    ):
+        nn.init.zeros_(model.weight)
+        change()
+        with pytest.raises(ValueError, match=r"model: graph (is no longer there|has the shape)"):
+            best.restore()
+        assert not model.weight.any()
+
+
+def test_extra_state_is_the_modules_own_business() -> None:
+    """Also when there are tensors in it that have not been there."""
+    model = Net()
+    best = BestWeights({"model": model})
+    model.extra = {"history": torch.zeros(2)}
+    best.save(0)
+    expected = contents(model)
+    model.extra = {"history": torch.ones(3), "more": torch.ones(1)}
+    nn.init.zeros_(model.first.weight)
+    best.restore()
+    assert same(contents(model), expected)
+
+
+@table(
+    "make",
+    {
+        "ours": lambda p: fusedopt.SGD(p, lr=0.1, momentum=0.9),
+        "stock": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    },
+)
+@every_storage
+def test_state_that_belongs_to_no_parameter(
+    make: Any, storage: str, place: Callable[[str], Any]
+) -> None:
+    model = nn.Linear(4, 2)
+    optimizer = make(model.parameters())
+    train(model, optimizer, 1)
+    optimizer.state["epoch"] = 1
+    optimizer.state["seen"] = torch.ones(2)
+    best = BestWeights({"model": model, "optimizer": optimizer}, storage=place(storage))
+    best.save(0)
+    expected = contents(model)
+    train(model, optimizer, 1)
+    optimizer.state["epoch"] = 2
+    optimizer.state["seen"].add_(1)
+    assert best.restore() == 0
+    assert same(contents(model), expected)
+    assert optimizer.state["epoch"] == 1
+    assert optimizer.state["seen"].tolist() == [1, 1]
+
+
+class Stubborn(Odd):
+    """Does not take its state back."""
+
+    def load_state_dict(self, state: Any) -> None:
+        raise ZeroDivisionError("no, thanks")
+
+
+@every_storage
+def test_one_that_cannot_be_restored_does_not_keep_the_others(
+    storage: str, place: Callable[[str], Any]
+) -> None:
+    model, odd = nn.Linear(2, 2), Odd()
+    items = {"model": model, "stubborn": Stubborn(), "odd": odd}
+    best = BestWeights(items, storage=place(storage))
+    best.save(3)
+    expected = contents(model)
+    nn.init.zeros_(model.weight)
+    odd.state = 7
+    told = r"'stubborn' could not be restored; all else .* step 3 .*ZeroDivisionError\('no, thanks"
+    with pytest.raises(RuntimeError, match=told):
+        best.restore()
+    assert same(contents(model), expected)
+    assert odd.state == 0
+
+
+def test_a_file_of_other_names(tmp_path: Path) -> None:
+    model, path = nn.Linear(2, 2), tmp_path / "best.pt"
+    best = BestWeights({"model": model}, storage=path)
+    best.save(0)
+    BestWeights({"net": model}, storage=path).save(0)
+    nn.init.zeros_(model.weight)
+    with pytest.raises(ValueError, match=r"best\.pt is of \['net'\], not of \['model'\]"):
+        best.restore()
+    assert not model.weight.any()
+
+
+@needs_host_memory
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # of files, interrupted while being opened
+@pytest.mark.parametrize("storage", ["cpu", "file"])
+def test_all_is_whole_wherever_it_is_interrupted(storage: str, place: Callable[[str], Any]) -> None:
+    """What is kept is of the step that it says it is, or there is nothing; and all comes back."""
+
+    def make() -> tuple[BestWeights, nn.Module, Odd]:
+        model, odd = nn.Linear(1, 2), Odd()
+        nn.init.ones_(model.weight)
+        odd.state = 1
+        best = BestWeights({"model": model, "odd": odd}, storage=place(storage))
+        best.save(1)
+        nn.init.constant_(model.weight, 2)
+        odd.state = 2
+        return best, model, odd
+
+    def values(model: nn.Module, odd: Odd) -> set[float]:
+        return {*model.weight.detach().view(-1).tolist(), float(odd.state)}
+
+    for best, model, odd in interrupted_everywhere(make, lambda subject: subject[0].save(2)):
+        assert values(model, odd) == {2.0}
+        if best.step is None:
+            assert storage == "cpu"
+        else:
+            assert best.restore() == best.step
+            assert values(model, odd) == {float(best.step)}
+    for best, model, odd in interrupted_everywhere(make, lambda subject: subject[0].restore()):
+        assert best.step == 1
+        assert values(model, odd) in ({1.0}, {2.0})
+    state = make()[0].state_dict()
+    for best, model, odd in interrupted_everywhere(
+        make, lambda subject: subject[0].load_state_dict({**state, "step": 1})
+    ):
+        assert best.step in (None, 1)
+        if best.step is not None:
+            best.restore()
+            assert values(model, odd) == {1.0}
 
 
 @every_storage

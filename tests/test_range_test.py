@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from averages import interrupted_everywhere
 from helpers import CLASSES, DEVICE, every_class, table
 from torch import Tensor
 
@@ -724,6 +725,79 @@ def test_an_interrupt_of_the_restoring_itself(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         setting.sweep()
     assert everything(setting) == before
+
+
+@cpu_only
+def test_nothing_remains_wherever_it_is_interrupted() -> None:
+    """Entering and leaving."""
+
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(model.weight)
+        model(torch.ones(1, 1)).sum().backward()
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def act(subject: tuple[torch.nn.Module, torch.optim.Optimizer]) -> None:
+        model, optimizer = subject
+        with trial.trial(optimizer, (model,)):
+            model(torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+            model.eval()
+
+    for model, optimizer in interrupted_everywhere(make, act):
+        assert model.weight.item() == 1
+        assert model.weight.grad.item() == 1
+        assert model.training
+        assert not optimizer.state
+
+
+def test_state_that_belongs_to_no_parameter() -> None:
+    for make in (OPTIMIZERS["8 bits"], OPTIMIZERS["stock SGD"]):
+        setting = Setting(make)
+        setting.train(2)
+        counts = {"grad_count": "one"}
+        setting.optimizer.state["epoch"] = 1
+        setting.optimizer.state["counts"] = counts
+        setting.optimizer.state["seen"] = torch.ones(2)
+        before = everything(setting)
+
+        def closure(batch: Any, setting: Setting = setting) -> Tensor:
+            setting.optimizer.state["epoch"] = 2
+            setting.optimizer.state["seen"].add_(1)
+            counts.clear()  # noqa: B023 # called within this round only
+            return setting.closure(batch)
+
+        setting.sweep(closure=closure)
+        assert everything(setting) == before
+        assert setting.optimizer.state["epoch"] == 1
+        assert setting.optimizer.state["seen"].tolist() == [1, 1]
+        assert counts == {"grad_count": "one"}
+
+
+@cpu_only
+def test_tensors_get_back_their_memory() -> None:
+    """Where they share it, and where inference mode has put others."""
+    setting = Setting(OPTIMIZERS["stock AdamW"])
+    model = setting.model
+    model.last.weight.data = model.first.weight.data.view(-1)[:64].view(4, 16)
+    setting.train(2)
+    before = everything(setting)
+    places = [(t.data_ptr(), t.stride()) for t in (*model.parameters(), *model.buffers())]
+
+    def closure(batch: Any) -> Tensor:
+        with torch.inference_mode():
+            model.seen = model.seen + 1
+            model.wide = torch.ones(4)
+        model.first.weight.data = model.first.weight.data.clone()
+        model.last.bias.data = torch.zeros(9)
+        raise StopAsyncIteration
+
+    with pytest.raises(StopAsyncIteration):
+        setting.sweep(closure=closure)
+    assert everything(setting) == before
+    now = [(t.data_ptr(), t.stride()) for t in (*model.parameters(), *model.buffers())]
+    assert now == places
+    assert model.wide.stride() == (0,)
 
 
 def test_containers_get_back_what_was_in_them() -> None:
