@@ -463,10 +463,9 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 raise RuntimeError("swap_ema() within swap_ema()")
             state = self.__dict__["state"]
             return [
-                Loan(f"parameter {index} of group {number}", param, state[param]["ema"])
+                Loan(f"parameter {index} of group {number}", param, state.get(param, {}).get("ema"))
                 for number, group in enumerate(self.param_groups)
                 for index, param in enumerate(group["params"])
-                if "ema" in state.get(param, ())
             ]
 
         return Swap(self, loans, "swap_ema()")

@@ -66,12 +66,12 @@ def interrupted_everywhere(
 ) -> Iterator[Subject]:
     """``act(make())`` for each bytecode of ours in it, with an interrupt there. Yields the subject.
 
-    Where a bytecode is come by several times, at the first two. In the first round, there is no
-    interrupt.
+    Of those that are run several times, in loops, it is the second time. In the first round, there
+    is no interrupt.
     """
     ours, outer = fusedopt.__path__[0], sys.gettrace()
     visits: Counter[tuple[Any, int]] = Counter()
-    chosen: list[int] = []  # the numbers of those to interrupt at
+    chosen: dict[tuple[Any, int], int] = {}  # the number of the one to interrupt at
 
     def run(at: int) -> Subject:
         subject, passed = make(), 0
@@ -89,7 +89,7 @@ def interrupted_everywhere(
                 if at == 0:
                     visits[code, frame.f_lasti] += 1
                     if visits[code, frame.f_lasti] <= 2:
-                        chosen.append(passed)
+                        chosen[code, frame.f_lasti] = passed
                 elif passed == at:
                     raise KeyboardInterrupt
             return trace
@@ -105,5 +105,5 @@ def interrupted_everywhere(
 
     yield run(0)
     assert len(chosen) > 50
-    for at in chosen:
+    for at in chosen.values():
         yield run(at)

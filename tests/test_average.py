@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SETTLED, every_class, make_params, nothing_written, set_grads, table
+from helpers import (
+    SETTLED,
+    every_class,
+    make_params,
+    needs_host_memory,
+    nothing_written,
+    set_grads,
+    table,
+)
 from torch import nn
 from torch.nn import Parameter
 
@@ -173,6 +181,41 @@ def test_swap_gives_back_when_a_parameter_was_exchanged() -> None:
         params[0].data = torch.zeros(5)
     set_grads(params, SETTLED)
     ours.step()
+
+
+@needs_host_memory
+def test_swap_gives_back_whatever_became_of_the_parameters() -> None:
+    """Each its own memory, also where they share it; and those without an average, too."""
+    params = make_params([(4,), (3,), (2,), (5,)])
+    ours = trained(Case("SGD", {"lr": 0.1}), params[:3], **EMA)
+    ours.add_param_group({"params": params[3:]})
+    with torch.no_grad():
+        params[2].data = params[0].data[1:3]
+    before, places = [p.detach().clone() for p in params], [p.data_ptr() for p in params]
+    with ours.swap_ema():
+        params[0].data = params[0].data.double()
+        with torch.inference_mode():
+            params[1].data = torch.zeros(3)
+        params[2].data = torch.zeros(7)
+        with torch.no_grad():
+            params[3].zero_()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert [p.data_ptr() for p in params] == places
+    assert not any(p.is_inference() for p in params)
+
+
+def test_an_average_of_another_shape_is_not_broadcast() -> None:
+    params = make_params([(3,), (4,)])
+    ours = trained(Case("SGD", {"lr": 0.1}), params, **EMA)
+    ours.state[params[1]]["ema"] = torch.zeros(())
+    with (
+        nothing_written(ours),
+        pytest.raises(ValueError, match="parameter 1 of group 0 has the sh"),
+    ):
+        ours.swap_ema().__enter__()
+    ours.state[params[1]]["ema"] = torch.zeros(4)
+    with ours.swap_ema():
+        pass
 
 
 def test_average_begins_anew_when_it_was_switched_off() -> None:

@@ -172,6 +172,29 @@ def test_what_has_no_weight_may_be_nan() -> None:
     assert average_checkpoints(states, weights=[0, 1, 1, 0])["w"].item() == 4.0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@table("weights", {"equal": None, "given": [0.5, 3, 1e-30], "last 0": [1.0, 2.0, 0.0]})
+def test_infinities_of_checkpoints_stay(dtype: torch.dtype, weights: list[float] | None) -> None:
+    """Equal masks are their own mean, and beside them the numbers are what they are without."""
+    mask = torch.triu(torch.full((3, 3), -math.inf), 1).to(dtype)
+    mixed = [[-math.inf, 1.0], [2.0, 1.0], [math.inf, 1.0]]
+    states = [
+        {"mask": mask, "row": torch.tensor(row).to(dtype), "w": torch.rand(5).to(dtype)}
+        for row in mixed
+    ]
+    result = average_checkpoints(states, weights=weights)
+    assert torch.equal(result["mask"], mask)
+    alone = average_checkpoints([{"w": s["w"]} for s in states], weights=weights)
+    assert torch.equal(result["w"], alone["w"])
+    assert result["row"][1] == 1
+    first = average_checkpoints(states[:2])["row"][0]
+    assert first.real == -math.inf
+    last = average_checkpoints(states[1:], weights=[1, 1e-300])["row"][0]
+    assert last.real == math.inf
+    nothing = result["row"][0].real
+    assert nothing == -math.inf if weights and not weights[-1] else nothing.isnan()
+
+
 def on_cpu(average: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in average.items()}
 
@@ -341,6 +364,16 @@ def test_modes_are_restored_of_a_model_within_another() -> None:
     inner.eval()
     average_predictions([inner, outer], torch.ones(2))
     assert (inner.training, inner.part.training, outer.training) == (False, False, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masked_logits_stay_masked(dtype: torch.dtype) -> None:
+    mask = torch.tensor([0.0, -math.inf, 0.0], dtype=dtype)
+    models = [Returns(scale, lambda y: y.to(dtype) + mask) for scale in (1.0, 2.0, 3.0)]
+    result = average_predictions(models, torch.ones(3))
+    assert result.dtype == dtype
+    assert result.tolist() == [2.0, -math.inf, 2.0]
+    assert torch.softmax(result, 0).tolist() == [0.5, 0.0, 0.5]
 
 
 def test_predictions_of_bfloat16_are_summed_wide() -> None:
