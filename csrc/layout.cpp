@@ -24,19 +24,6 @@ bool Shape::remember(const View& view) {
   return true;
 }
 
-int64_t item_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kFloat64:
-    case DType::kInt64: return 8;
-    case DType::kBFloat16:
-    case DType::kFloat16:
-    case DType::kInt16: return 2;
-    case DType::kUInt8: return 1;
-  }
-  return 0;
-}
-
 bool is_float(DType dtype) {
   return dtype != DType::kInt16 && dtype != DType::kInt64 && dtype != DType::kUInt8;
 }

@@ -44,7 +44,18 @@ class Shape {
   int64_t stride_[kDims];
 };
 
-int64_t item_size(DType dtype);
+inline int64_t item_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kFloat64:
+    case DType::kInt64: return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kInt16: return 2;
+    case DType::kUInt8: return 1;
+  }
+  return 0;
+}
 
 bool is_float(DType dtype);
 
