@@ -897,7 +897,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
             for name, value in loaded["state"].get(i, {}).items():
-                if name != "step" and isinstance(value, Tensor):
+                if isinstance(value, Tensor):
                     place = "cpu" if name in ON_CPU else param.device
                     self.state[param][name] = value.to(place)
         unknown = self._load_options(self._options_in(loaded))

@@ -445,6 +445,18 @@ def test_counters_of_another_type(case: Case, dtype: torch.dtype, by_hand: bool)
             assert mine["step"].dtype in (torch.float32, torch.float64)
 
 
+def test_a_counter_that_float32_cannot_hold() -> None:
+    """fused=True has torch cast it to float32 on the way."""
+    ours = fusedopt.AdamW(make_params(), fused=True)
+    train(ours, range(1))
+    saved = ours.state_dict()
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(2.0**24 + 1, dtype=torch.float64)
+    ours.load_state_dict(saved)
+    train(ours, range(1))
+    assert {float(state["step"]) for state in ours.state.values()} == {2.0**24 + 2}
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_a_complex_counter_is_refused() -> None:
     ours = fusedopt.AdamW(make_params())
