@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "average.h"
 #include "convert.h"
 #include "cpu.h"
 #include "pytensor.h"
@@ -66,6 +67,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("values"), py::arg("numel"));
   m.def("encode_state", &encode_state, py::arg("codes"), py::arg("scale"), py::arg("square"),
         py::arg("values"), py::arg("numel"));
+  m.def("average", &average, py::arg("means"), py::arg("values"), py::arg("weight"),
+        py::arg("threads"), py::arg("written"));
 
   py::class_<StepOptions>(m, "StepOptions")
       .def(py::init<>())

@@ -184,4 +184,11 @@ void cpu_accumulate(const Plan& plan, int threads) {
   in_parallel(plan, threads, cpu_kernels().accumulate);
 }
 
+void cpu_average(const Plan& plan, double weight, int threads) {
+  const auto average = cpu_kernels().average;
+  in_parallel(plan, threads, [&](const Plan&, int64_t task, int64_t begin, int64_t end) {
+    average(plan, weight, task, begin, end);
+  });
+}
+
 }  // namespace fusedopt

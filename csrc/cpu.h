@@ -22,6 +22,8 @@ struct Kernels {
   void (*measure)(const Plan& plan, NormType type, double scale, const int64_t* first_chunk,
                   int64_t first_task, int64_t begin, int64_t end, ChunkNorm* out);
   void (*accumulate)(const Plan& plan, int64_t first_task, int64_t begin, int64_t end);
+  // Takes the parameters into their averages, extras->ema, with that weight; all dense.
+  void (*average)(const Plan& plan, double weight, int64_t first_task, int64_t begin, int64_t end);
   // What a step does on the way, on its own and for one dense parameter: its full weights, from
   // them parameter and hidden part, the values of state[0] in 8 bits, and back (to the nearest).
   void (*join_weights)(const Task& task, float* whole);
@@ -49,6 +51,10 @@ Norm cpu_measure(const Plan& plan, NormType type, int threads);
 
 // Adds the gradients to the tasks' grad_sum, or writes them there when nothing is accumulated.
 void cpu_accumulate(const Plan& plan, int threads);
+
+// The averages' part of a step on its own. Averages are float32 or float64, parameters any float;
+// all dense.
+void cpu_average(const Plan& plan, double weight, int threads);
 
 const Kernels& cpu_kernels();
 

@@ -480,6 +480,27 @@ void accumulate_range(const Plan& plan, int64_t first_task, int64_t begin, int64
   }
 }
 
+template <class T>
+inline void average_elements(const Task& task, double weight, int64_t begin, int64_t end) {
+  const Average<T> average(static_cast<T*>(task.extras->ema.data) + begin, T(weight));
+  const Span span(begin, end - begin);
+  span.with_elements<T>(task.param, nullptr,
+                        [&](const auto* p) { update_average(average, p, span.length()); });
+}
+
+void average_range(const Plan& plan, double weight, int64_t first_task, int64_t begin,
+                   int64_t end) {
+  for (int64_t i = first_task; i < plan.n_tasks && plan.begin[i] < end; ++i) {
+    const Task& task = *plan.tasks[i];
+    const auto [from, to] = part_of(plan, i, begin, end);
+    if (task.extras->ema.dtype == DType::kFloat64) {
+      average_elements<double>(task, weight, from, to);
+    } else {
+      average_elements<float>(task, weight, from, to);
+    }
+  }
+}
+
 // Calls f(first element, span) for all tiles of a task.
 template <class F>
 inline void for_each_tile(const Task& task, F&& f) {
@@ -520,7 +541,7 @@ void encode_states(const Task& task, const float* values) {
   });
 }
 
-const Kernels kKernels = {update_range,  measure_range, accumulate_range, join_weights,
-                          split_weights, decode_states, encode_states};
+const Kernels kKernels = {update_range, measure_range, accumulate_range, average_range,
+                          join_weights, split_weights, decode_states,    encode_states};
 
 }  // namespace fusedopt::FUSEDOPT_ISA

@@ -187,10 +187,10 @@ FUSEDOPT_HD inline void shrink(T* p, T threshold, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] -= clamp(p[i], threshold);
 }
 
-template <class T>
-FUSEDOPT_HD inline void update_average(const Average<T> average, const T* p, int64_t n) {
+template <class T, class Stored>
+FUSEDOPT_HD inline void update_average(const Average<T> average, const Stored* p, int64_t n) {
   FUSEDOPT_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) average(i, p[i]);
+  for (int64_t i = 0; i < n; ++i) average(i, load<T>(p[i]));
 }
 
 // Calls f(Index<0>{}), f(Index<1>{}) and so on, n times: a loop for those who need its number when

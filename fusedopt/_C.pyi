@@ -95,6 +95,23 @@ def encode_state(
 ) -> None:
     """Writes the codes and scales of values (float32), rounded to the nearest."""
 
+def average(
+    means: list[torch.Tensor],
+    values: list[torch.Tensor],
+    weight: float,
+    threads: int,
+    written: Callable[[], None],
+) -> bool:
+    """Does mean += weight (value - mean), right for infinities, without the GIL.
+
+    False, with nothing written, when a pair of tensors is not of the kernels. These take real
+    tensors on the CPU: means in float32 or float64, values at most as wide, in the same order in
+    memory, without gaps, and no mean in the memory of another one or of a value.
+
+    written() is called when all are written, and called again when an interrupt has broken it off:
+    when this returns or raises, both have been, or neither.
+    """
+
 class StepOptions:
     """The options of the step, for Stepper.configure(); negative numbers: none."""
 

@@ -184,7 +184,8 @@ class WeightAverage:
             shares = [(self._copied, 1.0)] if self._copied else []
             shares += [(names, weight) for names in self._batches]
             n_averaged += 1
-        # Each is written by one call of torch: an interrupt may come after that, but not within.
+        # Each is written by one call, which raises the version: an interrupt may come after that,
+        # but not within.
         versions = [self.averages[names[0]]._version for names, _ in shares]
 
         def take_in() -> None:

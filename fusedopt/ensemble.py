@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.utils import _pytree as pytree
 
 from fusedopt.arguments import not_negative, torch_module
+from fusedopt.extension import kernels
 from fusedopt.models import SAFETENSORS, ModelError, not_a_checkpoint, safetensors_header
 from fusedopt.state import wide_dtype
 
@@ -55,8 +57,8 @@ def interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> Non
     """Do ``mean += weight (value - mean)``, where the values may be narrower, or elsewhere.
 
     An infinity stays what it is: the mean with a number, or with an equal one, is infinite, and the
-    mean of both infinities is nan. Waits for no device but the CPU. What is written is written by
-    one call of torch.
+    mean of both infinities is nan. Waits for no device but the CPU. One call writes all means and
+    counts up their versions, so that no interrupt comes between.
 
     Args:
         means: Not in less than float32. When the weight is 1, there may be anything in them.
@@ -68,18 +70,17 @@ def interpolate(means: list[Tensor], values: list[Tensor], weight: float) -> Non
         return
     # This form has each value as its fixed point. decay * mean + (1 - decay) * value has not, for
     # the two rounded factors do not add up to 1: with a decay of 0.999 it drifts 1e-5 away.
+    threads = torch.get_num_threads()
+    if kernels.average(means, values, weight, threads, lambda: increment_version(means)):
+        return
     wide = [value.to(mean) for mean, value in zip(means, values, strict=True)]
     # torch's lerp goes from the nearer end: mean + weight (value - mean), or, when the weight is at
     # least 0.5, value - (1 - weight) (value - mean). It is right as long as that end is finite.
     # (The other one also counts when numbers are complex, or the weight is 0 in float32.)
     both = means[0].is_complex() or weight < 2.0**-126
     from_mean, from_value = weight < 0.5 or both, weight >= 0.5 or both
-    ends = [*(means if from_mean else []), *(wide if from_value else [])]
-    if all(end.device.type == "cpu" for end in ends) and _all_finite(ends):
-        torch._foreach_lerp_(means, wide, weight)
-        return
-    # Elsewhere one would have to wait for the answer. So: without infinities, and then these are
-    # added again; or rather subtracted, for -0.0 - 0.0 is -0.0.
+    # On a device one would have to wait for an answer to whether it is. So: without infinities, and
+    # then these are added again; or rather subtracted, for -0.0 - 0.0 is -0.0.
     outside = []
     if from_mean:
         mixed = _without_infinities(means)
@@ -103,19 +104,6 @@ def _without_infinities(tensors: list[Tensor]) -> list[Tensor]:
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """False also when the sum of finite numbers overflows."""
-    sums = [tensor.sum() for tensor in tensors if tensor.numel() >= _LARGE]
-    small = [tensor.reshape(-1) for tensor in tensors if tensor.numel() < _LARGE]
-    if small:
-        sums.append(torch.cat(small).sum())
-    return bool(torch.stack(sums).isfinite().all())
-
-
-# So many elements are worth a call of torch; less are put together first.
-_LARGE = 1 << 14
 
 
 @torch.no_grad()

@@ -182,9 +182,23 @@ def test_an_average_of_equal_weights_is_these(make: Callable[..., WeightAverage]
     assert_equal(average.averages, contents(model))
 
 
-def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def watch_kernel(monkeypatch: pytest.MonkeyPatch, slow: bool) -> list[bool]:
+    """What kernels.average() answers; no, if slow, so that the way of devices is taken."""
+    average, seen = ensemble.kernels.average, []
+
+    def watched(means: list[Tensor], values: list[Tensor], *rest: Any) -> bool:
+        seen.append(not slow and average(means, values, *rest))
+        return seen[-1]
+
+    monkeypatch.setattr(ensemble.kernels, "average", watched)
+    return seen
+
+
+@table("slow", {"fast": False, "slow": True})
+def test_batches(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one dtype, and of few elements: in each only so much is widened at once."""
     monkeypatch.setattr(averaging, "_BATCH", 6)
+    answers = watch_kernel(monkeypatch, slow)
     model = nn.ModuleList(
         nn.Linear(1, size, dtype=dtype)
         for size in (1, 5, 2, 9, 1, 3)
@@ -193,16 +207,22 @@ def test_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     ema = EMA(model, 0.5, warmup=False)
     before = contents(model)
     disturb(model, 0)
-    lerp, seen = torch._foreach_lerp_, []
+    interpolate, lerp, seen = ensemble.interpolate, torch._foreach_lerp_, []
 
     def watched(means: list[Tensor], values: list[Tensor], weight: float) -> None:
-        assert len({tensor.dtype for tensor in (*means, *values)}) == 1
+        assert len({tensor.dtype for tensor in means}) == 1
         assert len(means) == 1 or sum(mean.numel() for mean in means) <= 6
         seen.append(len(means))
+        interpolate(means, values, weight)
+
+    def watched_lerp(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+        assert len({tensor.dtype for tensor in (*means, *values)}) == 1
         lerp(means, values, weight)
 
-    monkeypatch.setattr(torch, "_foreach_lerp_", watched)
+    monkeypatch.setattr(averaging, "interpolate", watched)
+    monkeypatch.setattr(torch, "_foreach_lerp_", watched_lerp)
     ema.update(model)
+    assert answers == [not slow and DEVICE.type == "cpu"] * len(seen)
     assert sum(seen) == len(before)
     assert 2 < len(seen) < len(before)
     for name, now in contents(model).items():
@@ -284,9 +304,8 @@ def test_bad_arguments(options: tuple[dict[str, Any], type[Exception], str]) -> 
 def test_infinities_stay_what_they_are(
     dtype: torch.dtype, weight: float, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is finite has torch's bits, also beside them, and where one does not look first."""
-    if slow:
-        monkeypatch.setattr(ensemble, "_all_finite", lambda _: False)
+    """And what is finite has torch's bits, also beside them."""
+    answers = watch_kernel(monkeypatch, slow)
     numbers = [math.inf, -math.inf, 0.0, -0.0, 1.5, -1e30] + [math.nan] * (not dtype.is_complex)
     pairs = torch.tensor(list(itertools.product(numbers, numbers)), dtype=torch.float64)
     order = torch.randperm(
@@ -301,6 +320,7 @@ def test_infinities_stay_what_they_are(
     mean, value = whole(pairs[:, 0]), whole(pairs[:, 1])
     found = mean.clone()
     ensemble.interpolate([found], [value], weight)
+    assert answers == [not slow and DEVICE.type == "cpu" and not dtype.is_complex]
     finite = mean.isfinite() & value.isfinite()
     wanted = whole(pairs.sum(1))  # of infinities and nan
     # In the same places, as torch's vectors do not round complex numbers as its loops do.
@@ -335,11 +355,16 @@ def test_masks_of_infinities_are_their_own_average(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@table("slow", {"fast": False, "slow": True})
 @table("make", {"EMA": lambda m: EMA(m, 0.5, buffers="average"), "SWA": lambda m: SWA(m, start=0)})
 def test_an_update_is_whole_wherever_it_is_interrupted(
-    make: Callable[[nn.Module], WeightAverage], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[nn.Module], WeightAverage],
+    dtype: torch.dtype,
+    slow: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(averaging, "_BATCH", 3)
+    answers = watch_kernel(monkeypatch, slow)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).to(dtype)
 
     def begin() -> WeightAverage:
@@ -358,6 +383,7 @@ def test_an_update_is_whole_wherever_it_is_interrupted(
     average = begin()
     average.update(model)
     after = state(average)
+    assert set(answers) == {not slow and DEVICE.type == "cpu"}
     seen = set()
     for average in interrupted_everywhere(begin, lambda average: average.update(model)):
         done = average.n_averaged == 4

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 KNOWS_PYTHON = {
-    *("bind.cpp", "convert.h", "describe.cpp", "device.cpp", "device.h", "entry.h", "groups.h"),
-    *("pytensor.cpp", "pytensor.h", "stepper.cpp", "stepper.h"),
+    *("average.h", "bind.cpp", "convert.h", "describe.cpp", "device.cpp", "device.h", "entry.h"),
+    *("groups.h", "pytensor.cpp", "pytensor.h", "stepper.cpp", "stepper.h"),
 }
 
 
@@ -158,6 +158,23 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
+AVERAGE = """
+import torch
+from fusedopt.extension import kernels
+torch.manual_seed(0)
+for stored in (torch.float32, torch.bfloat16, torch.float16):
+    for weight in (0.001, 0.75):
+        means = [torch.randn(n) for n in (1, 7, 300, 5000)]
+        values = [torch.randn(mean.shape).to(stored) for mean in means]
+        values[2][::3] = means[2][1::3] = float("-inf")
+        wanted = [mean.lerp(value.float(), weight) for mean, value in zip(means, values)]
+        wanted[2][0::3] = wanted[2][1::3] = float("-inf")
+        assert kernels.average(means, values, weight, 1, lambda: None)
+        torch.testing.assert_close(means, wanted, rtol=1e-6, atol=1e-6)
+print(kernels.cpu_isa())
+"""
+
+
 TRAIN = """
 import torch, fusedopt, hashlib
 torch.manual_seed(0)
@@ -172,17 +189,28 @@ print(fusedopt.extension.ISA)
 """
 
 
-def test_every_instruction_set_trains_alike() -> None:
-    available = run_python(
-        "from fusedopt.extension import kernels; print(kernels.cpu_isas())"
-    ).stdout.split()
+def available_sets() -> list[str]:
+    listed = run_python("from fusedopt.extension import kernels; print(kernels.cpu_isas())")
+    available = listed.stdout.split()
     assert "base" in available
-    results = {isa: run_python(TRAIN, FUSEDOPT_ISA=isa).stdout.splitlines() for isa in available}
+    return available
+
+
+def test_every_instruction_set_trains_alike() -> None:
+    results = {
+        isa: run_python(TRAIN, FUSEDOPT_ISA=isa).stdout.splitlines() for isa in available_sets()
+    }
     for isa, lines in results.items():
         assert lines[-1] == isa
         for mine, reference in zip(lines[:-1], results["base"][:-1], strict=True):
             for a, b in zip(mine.split(), reference.split(), strict=True):
                 assert abs(float(a) - float(b)) <= 2e-6
+
+
+def test_every_instruction_set_averages() -> None:
+    for isa in available_sets():
+        result = run_python(AVERAGE, FUSEDOPT_ISA=isa)
+        assert result.stdout.split() == [isa], result.stderr
 
 
 def test_unknown_instruction_set_is_a_clear_error() -> None:

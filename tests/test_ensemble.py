@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import struct
@@ -18,7 +19,9 @@ from averages import DTYPES, assert_equal, disturb, make_model
 from helpers import table
 from torch import Tensor, nn
 
+from fusedopt import ensemble
 from fusedopt.averaging import average_checkpoints, average_predictions
+from fusedopt.extension import kernels
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
@@ -405,3 +408,188 @@ def test_predictions_that_have_no_mean(
     models, options, error, message = call
     with pytest.raises(error, match=message):
         average_predictions(models, torch.ones(2), **options)
+
+
+# --- The kernel -----------------------------------------------------------------------------------
+
+# Around vectors, tiles, blocks; and on more than one thread.
+SIZES = [0, 1, 2, 7, 8, 15, 16, 17, 33, 255, 256, 257, 511, 513, 4097, 200_001]
+WEIGHTS = [1e-60, 0.001, 0.4999, 0.5, 0.75, 1 - 2**-20]
+
+
+def bits_of(tensors: list[Tensor]) -> list[int]:
+    return [n for t in tensors for n in t.reshape(-1).view(torch.int32).tolist()]
+
+
+def run_kernel(
+    means: list[Tensor], values: list[Tensor], weight: float, threads: int = 1
+) -> list[Tensor]:
+    found = [mean.clone() for mean in means]
+    calls: list[None] = []
+    assert kernels.average(found, values, weight, threads, lambda: calls.append(None))
+    assert len(calls) == 1
+    return found
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(
+    "stored", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_kernel_is_lerp(dtype: torch.dtype, stored: torch.dtype, weight: float) -> None:
+    """To the bit where both round once; where the processor cannot, but for a rounding."""
+    if stored == torch.float64 != dtype:
+        pytest.skip("wider than the mean: refused")
+    generator = torch.Generator("cpu").manual_seed(0)
+    means = [
+        torch.randn(size, generator=generator, dtype=dtype, device="cpu")
+        for size in (*SIZES, *([3] * 50))
+    ]
+    values = [
+        (2 * mean + torch.randn(mean.shape, generator=generator, dtype=dtype, device="cpu")).to(
+            stored
+        )
+        for mean in means
+    ]
+    values[3].copy_(means[3])  # a fixed point, if stored exactly
+    wanted = [
+        torch.lerp(mean, value.to(dtype), weight) for mean, value in zip(means, values, strict=True)
+    ]
+    found = run_kernel(means, values, weight)
+    close = torch.finfo(dtype).eps if kernels.cpu_isa() == "base" else 0.0
+    for mean, value, one, other in zip(means, values, found, wanted, strict=True):
+        reach = torch.maximum(mean.abs(), value.to(dtype).abs())
+        assert ((one - other).abs() <= close * 2 * reach).all()
+    for threads in (2, 3, 8):
+        assert bits_of(run_kernel(means, values, weight, threads)) == bits_of(found)
+
+
+@pytest.mark.parametrize("weight", [*WEIGHTS, 1.0])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_on_infinities(stored: torch.dtype, weight: float) -> None:
+    numbers = [math.inf, -math.inf, math.nan, 0.0, 1.5, -3.0]
+    pairs = torch.tensor(list(itertools.product(numbers, numbers)), device="cpu").repeat(9, 1)
+    mean, value = pairs.unbind(1)
+    (found,) = run_kernel([mean.contiguous()], [value.to(stored).contiguous()], weight)
+    odd = ~(mean.isfinite() & value.isfinite())
+    wanted = torch.where(odd, mean + value, torch.lerp(mean, value, weight))
+    if weight == 1:  # copies, whatever the mean was
+        wanted = value
+    close = 2e-7 if kernels.cpu_isa() == "base" else 0.0
+    torch.testing.assert_close(found, wanted, rtol=close, atol=close, equal_nan=True)
+
+
+@table(
+    "lie",
+    {
+        "rows": lambda t: t,
+        "columns": lambda t: t.mT.contiguous().mT,
+        "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    },
+)
+def test_the_kernel_follows_the_order_in_memory(lie: Callable[[Tensor], Tensor]) -> None:
+    plain = torch.arange(120.0, device="cpu").view(2, 3, 4, 5)
+    mean, value = lie(plain), lie(plain.flip(0).bfloat16())
+    assert torch.equal(run_kernel([mean], [value], 0.25)[0], torch.lerp(plain, plain.flip(0), 0.25))
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device="cpu")
+
+
+def shared_with_next(size: int) -> list[Tensor]:
+    memory = floats(size + 1)
+    return [memory[:-1], memory[1:]]
+
+
+@table(
+    "pair",
+    {
+        "narrow mean": lambda: ([floats(4).bfloat16()], [floats(4).bfloat16()]),
+        "wide value": lambda: ([floats(4)], [floats(4, dtype=torch.float64)]),
+        "integers": lambda: ([floats(4)], [floats(4, dtype=torch.int16)]),
+        "complex": lambda: ([floats(4).to(torch.complex64)], [floats(4).to(torch.complex64)]),
+        "complex value": lambda: ([floats(4).double()], [floats(4).to(torch.complex64)]),
+        "negated mean": lambda: ([torch._neg_view(floats(4))], [floats(4)]),
+        "negated value": lambda: ([floats(4)], [torch._neg_view(floats(4))]),
+        "another shape": lambda: ([floats(2, 3)], [floats(3, 2)]),
+        "fewer": lambda: ([floats(4)], [floats(1)]),
+        "other order": lambda: ([floats(2, 3)], [floats(3, 2).mT]),
+        "gaps in the mean": lambda: ([floats(8)[::2]], [floats(4)]),
+        "gaps in the value": lambda: ([floats(4)], [floats(8)[::2]]),
+        "expanded mean": lambda: ([floats(1).expand(4)], [floats(4)]),
+        "expanded value": lambda: ([floats(4)], [floats(1).expand(4)]),
+        "means that overlap": lambda: (shared_with_next(4), [floats(4), floats(4)]),
+        "one mean twice": lambda: ([floats(4)] * 2, [floats(4)] * 2),
+        "value in a mean": lambda: (lambda pair: (pair[:1], pair[1:]))(shared_with_next(4)),
+        "unaligned": lambda: (
+            [floats(4)],
+            [torch.frombuffer(bytearray(20), dtype=torch.float32, count=4, offset=1)],
+        ),
+        "sparse": lambda: ([floats(4)], [floats(4).to_sparse()]),
+        "meta": lambda: ([floats(4).to("meta")], [floats(4).to("meta")]),
+    },
+)
+def test_what_the_kernel_refuses_it_does_not_write(
+    pair: Callable[[], tuple[list[Tensor], list[Tensor]]],
+) -> None:
+    """Nor what stands before it."""
+    means, values = pair()
+    first = floats(3)
+    before = [mean.clone() for mean in means]
+
+    def written() -> None:
+        raise AssertionError("it was not")
+
+    for order in (1, -1):
+        for threads in (1, 2):
+            assert not kernels.average(
+                [first, *means][::order], [first + 1, *values][::order], 0.5, threads, written
+            )
+    assert torch.equal(first, floats(3))
+    for mean, old in zip(means, before, strict=True):
+        assert mean.is_meta or torch.equal(mean, old)
+    with pytest.raises(ValueError, match="differ in number"):
+        kernels.average([first], [], 0.5, 1, written)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.7])
+def test_what_the_kernel_refuses_is_averaged(weight: float) -> None:
+    values = [floats(2, 3).mul_(5), torch._neg_view(floats(2, 3)), floats(1, 3).expand(2, 3)]
+    for value in (*values, floats(3, 2).mT, floats(2, 6).double()[:, ::2]):
+        mean = torch.arange(6.0, device="cpu").view(2, 3)
+        wanted = torch.lerp(mean, value.to(mean), weight)
+        ensemble.interpolate([mean], [value], weight)
+        torch.testing.assert_close(mean, wanted)
+
+
+def test_autograd_knows_of_the_kernel() -> None:
+    mean = floats(4)
+    leaf = floats(4).requires_grad_()
+    product = leaf * mean
+    ensemble.interpolate([mean], [floats(4) + 1], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        mean = floats(4)
+        ensemble.interpolate([mean], [floats(4) + 1], 0.5)
+    assert mean.tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_of_the_kernels_word_is_not_before_it(after: bool) -> None:
+    """Ctrl-C may arrive in the Python that is told."""
+    mean, calls, told = floats(4), [], []
+
+    def written() -> None:
+        calls.append(None)
+        if not after and len(calls) == 1:
+            raise KeyboardInterrupt
+        told.append(mean.tolist())
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kernels.average([mean], [floats(4) + 1], 0.5, 1, written)
+    assert len(calls) == 2
+    assert told == [[1.5] * 4] * (1 + after)
