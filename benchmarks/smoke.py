@@ -161,6 +161,8 @@ def contents(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> dict
     found = {"weight": [p.detach() for p in params]}
     for name in dict.fromkeys(name for p in params for name in state[p]):
         found[name] = [state[p][name] for p in params if state[p].get(name) is not None]
+    if "step" in found:  # float64 on a device, float32 on the CPU
+        found["step"] = [step.double() for step in found["step"]]
     return {
         name: torch.cat([tensor.flatten() for tensor in tensors]).cpu()
         for name, tensors in found.items()
