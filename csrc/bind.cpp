@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("device"));
   m.def("check_not_capturing", &check_not_capturing, py::arg("device"));
   m.def("family_states", &family_states, py::arg("family"));
+  m.def("family_vitals", &family_vitals, py::arg("family"));
   m.def("family_hypers", &family_hypers, py::arg("family"));
   m.attr("BLOCK") = kBlock;
   m.attr("SOURCES") = FUSEDOPT_SOURCES;

@@ -85,6 +85,11 @@ class GroupOptions {
     return params;
   }
 
+  // Has options that the group carries compared anew: the optimizer's may have changed.
+  void forget_carried() {
+    if (carries_) seen_.clear();
+  }
+
   // The hyper-parameters, the rule and the sign. l1 is negative when the group says nothing of it.
   const Group& group() const { return group_; }
 
@@ -216,7 +221,7 @@ class GroupOptions {
       PyObject* const found = PyDict_GetItemWithError(dict, option.key.ptr());
       throw py::value_error("param group " + std::to_string(group) + ": " +
                             py::str(option.key).cast<std::string>() + " must be " + wanted + ": " +
-                            py::repr(found).cast<std::string>());
+                            text_of(py::repr(found).ptr()));
     };
     if (option.element < 0) {
       if (value != value) fail("a number");

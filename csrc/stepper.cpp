@@ -43,6 +43,16 @@ py::dict family_states(const std::string& name) {
   return squares;
 }
 
+py::list family_vitals(const std::string& name) {
+  const base::Family& family = *find_family(name).family;
+  py::list names;
+  if (family.counts_steps) names.append("step");
+  for (const auto& state : family.states) {
+    if (state.name != nullptr && state.flag < 0) names.append(state.name);
+  }
+  return names;
+}
+
 py::list family_hypers(const std::string& name) {
   const base::FamilyEntry& found = find_family(name);
   py::list names;
@@ -88,6 +98,7 @@ void Stepper::configure(const StepOptions& options) {
                           (options.ema_decay >= 0) == (old.ema_decay >= 0) &&
                           options.ema_warmup == old.ema_warmup;
   options_of_step_ = options;
+  for (GroupOptions& group : options_) group.forget_carried();
   if (same_state) return;
   for (Entry& entry : entries_) entry.known = false;
 }
@@ -567,7 +578,10 @@ bool Stepper::is_as_before(Entry& entry, PyObject* param, PyObject* grad) {
   } else {
     entry.task.grad.data = nullptr;
   }
-  if (p.data != entry.task.param.data) described_ = true;  // it may overlap others now
+  if (p.data != entry.task.param.data) {
+    if (is_negated(param)) return false;
+    described_ = true;  // it may overlap others now
+  }
   entry.param_sizes = p.size;
   entry.task.param.data = p.data;
   entry.task.first = entry.first_by_step;

@@ -33,6 +33,9 @@ struct StepOptions {
 // A family's states, and whether they are squares, which in 8 bits have a format of their own.
 py::dict family_states(const std::string& name);
 
+// What a parameter's state has all of, or none: the counter and the states of every variant.
+py::list family_vitals(const std::string& name);
+
 // The numbers (not the flags) that a family's rules read from a group, by their keys.
 py::list family_hypers(const std::string& name);
 

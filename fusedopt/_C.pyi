@@ -38,6 +38,9 @@ REPORT_WORDS: dict[str, int]
 def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
+def family_vitals(family: str) -> list[str]:
+    """What a parameter's state has all of, or none: "step" if it counts, and states that all have."""
+
 def family_hypers(family: str) -> list[str]:
     """The keys of the numbers that a family's rules need in each parameter group."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedopt import device
-from fusedopt.arguments import shown
+from fusedopt.arguments import count, shown
 from fusedopt.extension import kernels
 from fusedopt.options import (
     ARGUMENTS,
@@ -30,6 +30,7 @@ from fusedopt.options import (
     StepOptions,
     carried_by,
     check_carried,
+    check_that_all_carry,
     with_options,
 )
 from fusedopt.profiling import phase
@@ -51,6 +52,9 @@ from fusedopt.state import (
     wide_dtype,
 )
 from fusedopt.swapping import Loan, Swap
+
+# Where a checkpoint's record has the micro-batches of an open window.
+_WINDOW = "micro_batches"
 
 # (group, index within the group, what) of one parameter.
 _Missing = list[tuple[int, int, list[str]]]
@@ -82,11 +86,16 @@ def _is_of_torch(frame: FrameType) -> bool:
 
 
 def _clipping_before(frame: FrameType) -> str | None:
-    """The first function that clips gradients which a frame names before the point it is at."""
+    """What a frame has loaded to clip gradients, after accumulate() and before where it is now."""
     names = {"clip_grad_norm_", "clip_grad_value_"} & set(frame.f_code.co_names)
+    accumulates = False
     for instruction in dis.get_instructions(frame.f_code) if names else ():
-        if instruction.argval in names and instruction.offset < frame.f_lasti:
-            return str(instruction.argval)
+        if instruction.offset >= frame.f_lasti:
+            break
+        if instruction.opname.startswith("LOAD_"):
+            accumulates |= instruction.argval == "accumulate"
+            if accumulates and instruction.argval in names:
+                return str(instruction.argval)
     return None
 
 
@@ -105,6 +114,18 @@ def _warn_of_partial_norm() -> None:
             )
             return
         frame = frame.f_back
+
+
+def _check_kind(state_dict: Any) -> None:
+    """ValueError when something is not an optimizer's state dict at all."""
+    kinds = {"state": Mapping, "param_groups": (list, tuple)}
+    for name, kind in kinds.items():
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(name), kind):
+            what = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
+            raise ValueError(
+                f"state_dict is not an optimizer's, with {name!r} and the other of "
+                f"{' and '.join(kinds)}: {shown(what)}"
+            )
 
 
 def _remember(
@@ -177,8 +198,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         given = {name: options.pop(name) for name in ARGUMENTS if name in options}
         Option.set_all(self, given)
         super().__init__(*args, **options)
-        free = CARRIED - given.keys()
-        carried_by([{n: group[n] for n in free & group.keys()} for group in self.param_groups])
+        check_that_all_carry(self.param_groups, given)
         self._recreate_early_state()
         if self._measures():
             _warn_of_partial_norm()
@@ -294,6 +314,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 with phase("fusedopt: look"):
                     report = stepper.gather(self.__dict__, False, window, False)
                     fallback = self._create_missing(stepper, created, *report) if report else []
+                if window:
+                    self._warn_of_lost_clipping(stepper.has_grads())
                 if fallback or stepper.has_host() or policy == "raise":
                     # What happens on the CPU needs the scaler's tensors at once, wherever they are.
                     if found_inf is not None and float(found_inf):
@@ -336,8 +358,6 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 if not stepper.wrote():
                     self._roll_back([*dropped, *created], idle)
                 raise
-        if window:
-            self._warn_of_lost_clipping()
 
     def _measure(self, stepper: kernels.Stepper, threads: int, policy: str) -> int:
         """Measure the norm, by which the step will clip.
@@ -374,20 +394,23 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             )
         stepper: kernels.Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
-            stepper = self._stepper = kernels.Stepper(
-                self._family,
-                sorted(CARRIED),
-                check_carried,
-                _unshared,
-                device.allocate,
-                device.allocate_for,
-                device.record,
-            )
+            stepper = self._stepper = self._new_stepper()
             self._configured = False
         if not self._configured:
             stepper.configure(self._kernel_options())
             self._configured = True
         return stepper
+
+    def _new_stepper(self) -> kernels.Stepper:
+        return kernels.Stepper(
+            self._family,
+            sorted(CARRIED),
+            check_carried,
+            _unshared,
+            device.allocate,
+            device.allocate_for,
+            device.record,
+        )
 
     def __repr__(self) -> str:
         """torch's, and the options in use, which belong to no group."""
@@ -483,13 +506,13 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if self._micro_batches:
             kernels.end_window(self.__dict__, 0)
 
-    def _warn_of_lost_clipping(self) -> None:
+    def _warn_of_lost_clipping(self, has_grads: bool) -> None:
         """Warn, once, when the caller seems to clip gradients that accumulate() has moved away."""
         if self.__dict__.get("_looked_for_clipping"):
             return
+        if not has_grads and (self.max_grad_norm is not None or self.max_grad_value is not None):
+            return  # by hand it would find nothing to clip
         self._looked_for_clipping = True
-        if self.max_grad_norm is not None or self.max_grad_value is not None:
-            return
         frame = inspect.currentframe()
         while frame is not None:
             # Nobody hears of the call itself: it finds no gradient, and returns 0. But a loop that
@@ -498,9 +521,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             if name is not None:
                 option = name.removeprefix("clip_grad_").removesuffix("_")
                 warnings.warn_explicit(
-                    f"{name}() finds no gradients that accumulate() has moved away, so this "
-                    f"training may be unclipped: give the optimizer max_grad_{option}=... in its "
-                    "place, which clips the mean over the window.",
+                    f"{frame.f_code.co_name}() has a {name}() between accumulate() and step(). If "
+                    "it is for the gradients of this optimizer, it does not find those that "
+                    "accumulate() has moved away, and the training is not clipped as you expect: "
+                    f"give the optimizer max_grad_{option}=... in its place, which clips the mean "
+                    "over the window.",
                     UserWarning,
                     frame.f_code.co_filename,
                     frame.f_lineno,
@@ -709,16 +734,17 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             return torch.float32
         return None
 
-    def _adopt_state(self, before: _Created) -> dict[str, int]:
+    def _adopt_state(self, before: _Created) -> dict[tuple[str, str], int]:
         """Bring all state into the form that the options ask for.
 
-        Adds to ``before`` what there was. Returns the entries that were dropped for it, and of how
-        many parameters.
+        Adds to ``before`` what there was. Returns the entries that were dropped for it and why, and
+        of how many parameters.
 
         Raises:
             ValueError: What there is cannot be this optimizer's state; nothing has changed.
         """
         squares = kernels.family_states(self._family)
+        vitals = kernels.family_vitals(self._family)
         found = [
             (param, self.state[param], group_index, index)
             for group_index, group in enumerate(self.param_groups)
@@ -727,16 +753,16 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         ]
         for param, state, *place in found:
             try:
-                check(param, state, squares)
+                check(param, state, squares, vitals)
             except ValueError as error:
                 raise ValueError(f"{self._name_of(*place)}: {error}") from None
-        dropped: dict[str, int] = {}
+        dropped: dict[tuple[str, str], int] = {}
         for param, state, *_ in found:
             wanted = self.weight_precision if param.dtype in HALF else None
             hidden = wanted if wanted in HIDDEN else None
             before.append((param, dict(state)))
-            for name in adopt(param, state, squares, self._rule_dtype(param), hidden):
-                dropped[name] = dropped.get(name, 0) + 1
+            for entry in adopt(param, state, squares, self._rule_dtype(param), hidden):
+                dropped[entry] = dropped.get(entry, 0) + 1
         return dropped
 
     def _name_of(self, group: int, index: int) -> str:
@@ -823,7 +849,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As stock's, and for stock to load: states in 8 bits are given in bfloat16, exactly.
 
-        The options in use are under the key ``"fusedopt"``.
+        The options in use, and how many micro-batches a window has, are under the key
+        ``"fusedopt"``.
         """
         squares = kernels.family_states(self._family)
 
@@ -834,9 +861,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 else state
                 for i, state in final["state"].items()
             }
-            options = self._in_use()
-            if options:
-                final[RECORD] = options
+            record = self._in_use()
+            if self._micro_batches:
+                record[_WINDOW] = self._micro_batches
+            if record:
+                final[RECORD] = record
 
         hook = self.register_state_dict_post_hook(export_all, prepend=True)
         try:
@@ -866,6 +895,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """
         if self.__dict__.get("_swapped"):
             raise RuntimeError("no load_state_dict() within swap_ema()")
+        _check_kind(state_dict)
         loaded: dict[str, Any] = {}
         losses: list[str] = []
         before = dict(self.__dict__)
@@ -900,28 +930,43 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     place = "cpu" if name in ON_CPU else param.device
                     self.state[param][name] = value.to(place)
-        unknown = self._load_options(self._options_in(loaded))
+        recorded = loaded.get(RECORD, {})
+        if not isinstance(recorded, Mapping):
+            raise ValueError(f"the checkpoint's {RECORD!r} is not a dict: {shown(recorded)}")
+        recorded = dict(recorded)
+        micro_batches = count("the checkpoint's micro_batches", recorded.pop(_WINDOW, 0))
+        unknown = self._load_options(self._options_in(loaded, recorded))
         self._configured = False
+        self._check_numbers()
         dropped = self._adopt_state([])
         averages = sum("ema" in state for _, state in self._states())
         self._idle_averages = self.ema_decay is None and averages > 0
         if self._idle_averages:
-            dropped["ema"] = averages
-        counts = [int(s["grad_count"]) for _, s in self._states() if "grad_count" in s]
-        self._micro_batches = max(counts, default=0)
+            dropped["ema", "by the next step, as ema_decay is None"] = averages
+        self._micro_batches = micro_batches
+        if not micro_batches:  # who does not know of windows, such as stock, may carry an old one
+            for _, state in self._states():
+                if "grad_count" in state and int(state["grad_count"]) > 0:
+                    entry = "grad_sum", "of a window that is over"
+                    dropped[entry] = dropped.get(entry, 0) + 1
+                state.pop("grad_count", None)
+                state.pop("grad_sum", None)
         if dropped or unknown:
-            entries = [f"state[{name!r}] of {n} parameter(s)" for name, n in dropped.items()]
-            options = [f"{n}={getattr(self, n)!r}" for n in ("weight_precision", "ema_decay")]
+            entries = [f"state[{e!r}] of {n} parameter(s) ({why})" for (e, why), n in dropped.items()]
             losses.append(
-                f"The checkpoint has {', '.join(entries + unknown)}, which this optimizer with "
-                f"{' and '.join(options)} has no use for and drops (an average at its next step)."
+                f"The checkpoint has {', '.join(entries + unknown)}, which this optimizer drops; its "
+                f"weight_precision is {self.weight_precision!r}."
             )
 
-    def _options_in(self, loaded: dict[str, Any]) -> dict[str, Any]:
+    def _check_numbers(self) -> None:
+        """Raise when the groups have numbers that no step can use."""
+        groups = [{**group, "params": []} for group in self.param_groups]
+        stepper = self._new_stepper()
+        with stepper:
+            stepper.gather({**self.__dict__, "param_groups": groups}, False, False, False)
+
+    def _options_in(self, loaded: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
         """The options of the step that a checkpoint was written with."""
-        recorded = loaded.get(RECORD, {})
-        if not isinstance(recorded, Mapping):
-            raise ValueError(f"the checkpoint's {RECORD!r} is not a dict: {shown(recorded)}")
         options = carried_by(loaded["param_groups"], "the checkpoint's ")
         # What has copied state and groups alone has left the hidden parts of the weights.
         states = [state for state in loaded["state"].values() if isinstance(state, dict)]

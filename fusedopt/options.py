@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class StepOptions:
         check_carried(self.__dict__, group, index)
         if "betas" in group:  # stock looks at the first two, and fails in the step
             betas = group["betas"]
-            if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            if hasattr(betas, "__len__") and len(betas) != 2:
                 raise ValueError(f"betas must be two numbers: {shown(betas)}")
         if group.get("amsgrad") and self.state_dtype == torch.uint8:
             raise ValueError(
@@ -183,7 +183,8 @@ class StepOptions:
         """
         own = self.__dict__
         loaded_before = self._from_checkpoint
-        explicit = OPTIONS.keys() & own.keys() - loaded_before
+        # grad_divisor is of the window: as that is the checkpoint's, so is this.
+        explicit = OPTIONS.keys() & own.keys() - loaded_before - {"grad_divisor"}
         taken: dict[str, Any] = {}
         unknown = recorded.keys() - OPTIONS.keys()
         for name in recorded.keys() - unknown:
@@ -205,10 +206,10 @@ class StepOptions:
         try:
             self._check_options()
         except ValueError as error:
-            came = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-            hint = f" ({came} came with the checkpoint; what the constructor is given counts)"
-            raise ValueError(f"{error}{hint if taken else ''}") from None
-        return [f"the option {name}={recorded[name]!r}" for name in sorted(unknown)]
+            came = [f"{n}={v!r}" for n, v in taken.items() if f"{n}=" in str(error)]
+            hint = f" ({', '.join(came)} came with the checkpoint; give the constructor another)"
+            raise ValueError(f"{error}{hint if came else ''}") from None
+        return [f"the option {n}={shown(recorded[n])} (unknown)" for n in sorted(unknown, key=str)]
 
     def _options_changed(self, names: set[str], undo: list[Callable[[], None]]) -> None:
         """Do what follows from the change of some; adds to ``undo`` what takes it back."""
@@ -244,22 +245,31 @@ def check_carried(attributes: dict[str, Any], group: dict[str, Any], index: int)
         if group[name] != value:
             raise ValueError(
                 f"param group {index} has {name}={group[name]!r}, the optimizer {value!r}: "
-                f"{_ONE_FOR_ALL}; set it on the optimizer"
+                f"{_ONE_FOR_ALL}; set it on the optimizer, and in the groups of a wrapper"
             )
 
 
 def carried_by(groups: Sequence[dict[str, Any]], whose: str = "") -> dict[str, Any]:
-    """The options that parameter groups carry. ValueError unless all of them agree."""
+    """The options that parameter groups carry. ValueError unless those that do agree."""
     carried = {name: value for group in groups for name, value in group.items() if name in CARRIED}
     for index, group in enumerate(groups):
-        for name, value in carried.items():
-            if name not in group or group[name] != value:
+        for name in carried.keys() & group.keys():
+            if group[name] != carried[name]:
                 raise ValueError(
-                    f"{whose}param group {index} has "
-                    + (f"{name}={group[name]!r}" if name in group else f"no {name}")
-                    + f", another {name}={value!r}: {_ONE_FOR_ALL}"
+                    f"{whose}param group {index} has {name}={group[name]!r}, another "
+                    f"{name}={carried[name]!r}: {_ONE_FOR_ALL}"
                 )
     return carried
+
+
+def check_that_all_carry(groups: Sequence[dict[str, Any]], given: Collection[str]) -> None:
+    """ValueError when an option is in some of a constructor's groups, and was not given to it."""
+    for name in carried_by(groups).keys() - given:
+        for index, group in enumerate(groups):
+            if name not in group:
+                raise ValueError(
+                    f"param group {index} has no {name}, another has: {_ONE_FOR_ALL}"
+                )
 
 
 _ONE_FOR_ALL = "an option of the step is one for all groups"

@@ -22,6 +22,7 @@ and ``csrc/quantize.h``).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,14 +86,22 @@ def counter(step: Tensor, device: torch.device) -> Tensor:
     return wide_counter(step).to(device)
 
 
-def check(param: Tensor, state: dict[str, Any], squares: dict[str, bool]) -> None:
+def check(
+    param: Tensor, state: dict[str, Any], squares: dict[str, bool], vitals: list[str]
+) -> None:
     """ValueError when a loaded state cannot be that of a parameter.
 
     Args:
         param: The parameter.
         state: Its state.
         squares: The rule's states, and whether they are squares.
+        vitals: What the rule has all of, or none.
     """
+    lacking = [name for name in vitals if state.get(name) is None]
+    if 0 < len(lacking) < len(vitals):
+        raise ValueError(f"its state lacks {lacking[0]!r}, but has others of this rule's")
+    if ("grad_count" in state) != ("grad_sum" in state):
+        raise ValueError("its state has one of 'grad_sum' and 'grad_count', but not the other")
     for name in (*squares, *HIDDEN, "ema", "grad_sum"):
         value = state.get(name)
         if value is None:  # as stock's SGD leaves it
@@ -113,8 +122,13 @@ def check(param: Tensor, state: dict[str, Any], squares: dict[str, bool]) -> Non
             )
     for name in ("step", *ON_CPU):
         value = state.get(name)
-        if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-            raise ValueError(f"state[{name!r}] is not a number: {shown(value)}")
+        if value is None:
+            continue
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not dense or value.numel() != 1 or value.is_complex():
+            raise ValueError(f"state[{name!r}] is not a tensor of one number: {shown(value)}")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"state[{name!r}] is not a count: {shown(value)}")
 
 
 @torch.no_grad()
@@ -214,7 +228,7 @@ def adopt(
     squares: dict[str, bool],
     dtype: torch.dtype | None,
     hidden: str | None,
-) -> list[str]:
+) -> list[tuple[str, str]]:
     """Bring a loaded state into the form that an optimizer keeps, in place.
 
     Args:
@@ -228,7 +242,7 @@ def adopt(
             sure, makes this one from it.
 
     Returns:
-        The entries that were dropped: no other has what they told.
+        The entries that were dropped, because no other has what they told, and why.
     """
     dropped = []
     for name, square in squares.items():
@@ -239,6 +253,8 @@ def adopt(
         if dtype == torch.uint8:
             if value.dtype != torch.uint8:
                 state[name], state[f"{name}_scale"] = encode(param, value, square)
+            else:
+                state[f"{name}_scale"] = state[f"{name}_scale"].to(torch.float32)
             continue
         coded = value.dtype == torch.uint8
         if coded:
@@ -256,13 +272,13 @@ def adopt(
             if name != hidden:
                 del state[name]
                 if hidden is None:
-                    dropped.append(name)
+                    dropped.append((name, "of no use here"))
     # Another library may have cast what is no floating-point number. Bits cannot be had
     # back; numbers can.
     for name in ("remainder", "kahan"):
         if isinstance(state.get(name), Tensor) and state[name].dtype != torch.int16:
             del state[name]
-            dropped.append(name)
+            dropped.append((name, "no longer int16, so its bits are lost"))
     for name in ON_CPU:
         if isinstance(state.get(name), Tensor):
             state[name] = state[name].to("cpu", torch.int64)
