@@ -313,7 +313,7 @@ def test_infinities_stay_what_they_are(
     )
 
     def whole(parts: Tensor) -> Tensor:
-        parts = parts.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        parts = parts.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
         other = parts[order.to(parts.device)]
         return torch.complex(parts, other) if dtype.is_complex else parts
 
