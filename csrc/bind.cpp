@@ -91,8 +91,8 @@ PYBIND11_MODULE(_C, m) {
                                               unshared,
                                               TensorMemory{allocate, allocate_for, record});
            }),
-           py::arg("family"), py::arg("carried"), py::arg("check_carried"), py::arg("unshared"), py::arg("allocate"), py::arg("allocate_for"),
-           py::arg("record"))
+           py::arg("family"), py::arg("carried"), py::arg("check_carried"), py::arg("unshared"),
+           py::arg("allocate"), py::arg("allocate_for"), py::arg("record"))
       .def("configure", &Stepper::configure, py::arg("options"))
       .def("__enter__", &Stepper::begin)
       .def("__exit__", [](Stepper& stepper, const py::args&) { stepper.end(); })

@@ -31,8 +31,8 @@ struct Option {
   }
 };
 
-// The options of the step (fusedopt/options.py), as a group may carry them: not to be read, for they
-// are the optimizer's, but to be found equal to those.
+// The options of the step (fusedopt/options.py), as a group may carry them: not to be read, for
+// they are the optimizer's, but to be found equal to those.
 struct CarriedOptions {
   std::vector<py::object> names;
   py::object check;  // check(attributes of the optimizer, group, its index): raises

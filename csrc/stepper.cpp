@@ -475,7 +475,7 @@ void Stepper::gather_group(int index, PyObject* dict) {
   }
   if (size_t(index) == options_.size()) options_.emplace_back();
   GroupOptions& options = options_[index];
-  const py::object params = 
+  const py::object params =
       as_sequence(options.read(*family_options_, carried_, attributes_, dict, index));
   param_lists_.push_back(params);  // keeps the parameters alive until the step is over
   groups_.push_back(options.group());

@@ -39,7 +39,7 @@ def family_states(family: str) -> dict[str, bool]:
     """The states of a family's rules, and whether they are squares (quantize.h)."""
 
 def family_vitals(family: str) -> list[str]:
-    """What a parameter's state has all of, or none: "step" if it counts, and states that all have."""
+    """What a parameter's state has all of, or none: "step", and states of every variant."""
 
 def family_hypers(family: str) -> list[str]:
     """The keys of the numbers that a family's rules need in each parameter group."""

@@ -40,7 +40,8 @@ def main() -> None:
         try:
             _run()
         finally:
-            sys.stdout.flush()  # here it can still be told
+            if sys.stdout is not None:  # there may be none
+                sys.stdout.flush()  # here it can still be told
     except BrokenPipeError:
         _close_stdout()
         sys.exit(128 + 13)  # of SIGPIPE

@@ -118,14 +118,14 @@ def _warn_of_partial_norm() -> None:
 
 def _check_kind(state_dict: Any) -> None:
     """ValueError when something is not an optimizer's state dict at all."""
-    kinds = {"state": Mapping, "param_groups": (list, tuple)}
-    for name, kind in kinds.items():
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(name), kind):
-            what = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
-            raise ValueError(
-                f"state_dict is not an optimizer's, with {name!r} and the other of "
-                f"{' and '.join(kinds)}: {shown(what)}"
-            )
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict is not an optimizer's, but no dict: {shown(state_dict)}")
+    groups = state_dict.get("param_groups")
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(groups, (list, tuple)):
+        raise ValueError(
+            "state_dict is not an optimizer's, with a dict 'state' and a list 'param_groups', but "
+            f"has {shown(list(state_dict))}"
+        )
 
 
 def _remember(
@@ -573,8 +573,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if not counts:
             return torch.tensor(self._skipped_steps, dtype=torch.int64, device="cpu")
         total = counts[0] + self._skipped_steps
-        for count in counts[1:]:
-            total += count.to(total.device)
+        for more in counts[1:]:
+            total += more.to(total.device)
         return total
 
     def _reports(self) -> list[Tensor]:
@@ -952,10 +952,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
                 state.pop("grad_count", None)
                 state.pop("grad_sum", None)
         if dropped or unknown:
-            entries = [f"state[{e!r}] of {n} parameter(s) ({why})" for (e, why), n in dropped.items()]
+            entries = [
+                f"state[{e!r}] of {n} parameter(s) ({why})" for (e, why), n in dropped.items()
+            ]
             losses.append(
-                f"The checkpoint has {', '.join(entries + unknown)}, which this optimizer drops; its "
-                f"weight_precision is {self.weight_precision!r}."
+                f"The checkpoint has {', '.join(entries + unknown)}. This optimizer, with "
+                f"weight_precision={self.weight_precision!r}, drops that."
             )
 
     def _check_numbers(self) -> None:

@@ -267,9 +267,7 @@ def check_that_all_carry(groups: Sequence[dict[str, Any]], given: Collection[str
     for name in carried_by(groups).keys() - given:
         for index, group in enumerate(groups):
             if name not in group:
-                raise ValueError(
-                    f"param group {index} has no {name}, another has: {_ONE_FOR_ALL}"
-                )
+                raise ValueError(f"param group {index} has no {name}, another has: {_ONE_FOR_ALL}")
 
 
 _ONE_FOR_ALL = "an option of the step is one for all groups"

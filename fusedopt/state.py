@@ -272,7 +272,7 @@ def adopt(
             if name != hidden:
                 del state[name]
                 if hidden is None:
-                    dropped.append((name, "of no use here"))
+                    dropped.append((name, f"of no use to weights in {param.dtype} here"))
     # Another library may have cast what is no floating-point number. Bits cannot be had
     # back; numbers can.
     for name in ("remainder", "kahan"):

@@ -864,7 +864,9 @@ def test_the_divisor_stays_with_the_window(relay: Callable) -> None:
 def clip_norm(optimizer: Optimizer, last: bool) -> None:
     """A loop in which accumulate() has been put, and the clipping was left."""
     for step in range(3):
-        fill(optimizer, 10 * step, 2)
+        for micro in range(2):
+            set_grads(params_of(optimizer), 10 * step + micro)
+            optimizer.accumulate()
         if last:
             set_grads(params_of(optimizer), step)
         norm = torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
@@ -875,7 +877,8 @@ def clip_norm(optimizer: Optimizer, last: bool) -> None:
 def clip_value(optimizer: Optimizer, last: bool) -> None:
     assert last
     for step in range(3):
-        fill(optimizer, 10 * step, 2)
+        set_grads(params_of(optimizer), 10 * step)
+        optimizer.accumulate()
         set_grads(params_of(optimizer), step)
         torch.nn.utils.clip_grad_value_(params_of(optimizer), 0.1)
         optimizer.step()
@@ -894,9 +897,52 @@ def test_clipping_that_finds_no_gradients_is_told_once(loop: Callable, last: boo
     assert [w.filename for w in caught] == [__file__]
 
 
-def test_clipping_by_the_optimizer_is_no_reason_to_warn() -> None:
+def test_warnings_as_errors_leave_nothing_half_done() -> None:
+    optimizer = fusedopt.SGD(make_params(), momentum=0.9)
+    set_grads(params_of(optimizer), 0)
+    optimizer.accumulate()
+    torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+    with nothing_written(optimizer), pytest.raises(UserWarning, match="clip_grad_norm_"):
+        optimizer.step()
+    assert optimizer.state_dict()["fusedopt"] == {"micro_batches": 1}
+    optimizer.step()
+
+
+def clip_each(optimizer: Optimizer) -> None:
+    for step in range(3):
+        for micro in range(2):
+            set_grads(params_of(optimizer), 10 * step + micro)
+            torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+            optimizer.accumulate()
+        optimizer.step()
+
+
+def import_only(optimizer: Optimizer) -> None:
+    set_grads(params_of(optimizer), 0)
+    optimizer.accumulate()
+    from torch.nn.utils import clip_grad_norm_  # noqa: F401
+
+    optimizer.step()
+
+
+def clip_later(optimizer: Optimizer) -> None:
+    fill(optimizer, 0, 2)
+    optimizer.step()
+    set_grads(params_of(optimizer), 0)
+    torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("loop", [clip_each, import_only, clip_later])
+def test_other_clipping_is_no_reason_to_warn(loop: Callable) -> None:
+    loop(fusedopt.SGD(make_params()))
+
+
+def test_clipping_by_the_optimizer_beside_one_that_finds_nothing_is_right() -> None:
     for options in ({"max_grad_norm": 0.1}, {"max_grad_value": 0.1}):
         clip_norm(fusedopt.SGD(make_params(), **options), False)
+        with pytest.warns(UserWarning, match="clip_grad_norm_"):  # it clips the last micro-batch
+            clip_norm(fusedopt.SGD(make_params(), **options), True)
 
 
 # --- Dropping the window -----------------------------------------------------------------------

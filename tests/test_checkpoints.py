@@ -183,7 +183,9 @@ def test_hidden_part_that_is_dropped_is_told(name: str) -> None:
 def test_everything_that_is_dropped_is_told_at_once() -> None:
     saved = checkpoint(weight_precision="remainder", ema_decay=0.9)
     ours = fusedopt.AdamW(make_params(dtype=BF16), weight_precision="stochastic", ema_decay=None)
-    with pytest.warns(UserWarning, match=r"remainder.*ema.*stochastic.*ema_decay=None") as caught:
+    with pytest.warns(
+        UserWarning, match=r"remainder.*ema.*ema_decay is None.*stochastic"
+    ) as caught:
         ours.load_state_dict(saved)
     assert len(caught) == 1
     assert all("ema" in state for state in ours.state.values())  # until a step: it may yet be set
@@ -249,6 +251,74 @@ def test_groups_that_carry_options_are_obeyed() -> None:
     saved["param_groups"][1]["max_grad_norm"] = 0.125
     with pytest.raises(ValueError, match=r"the checkpoint's param group 1.*max_grad_norm"):
         ours.load_state_dict(saved)
+
+
+def test_a_group_may_lack_what_another_carries() -> None:
+    """When the constructor was told, or when it was added later."""
+    first, second = make_params()[:2]
+    told = fusedopt.SGD([{"params": [first], "max_grad_norm": 1.0}, {"params": [second]}],
+                        max_grad_norm=1.0)  # fmt: skip
+    added = fusedopt.SGD([{"params": [first], "max_grad_norm": 1.0}])
+    added.add_param_group({"params": [second]})
+    for ours in (told, added):
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        assert ours.max_grad_norm == 1.0
+        train(ours, range(2))
+
+
+def test_a_group_that_is_set_back_is_noticed() -> None:
+    value = 1.5
+    ours = fusedopt.SGD([{"params": make_params(), "max_grad_norm": value}])
+    train(ours, range(2))
+    ours.max_grad_norm = 2.0
+    ours.param_groups[0]["max_grad_norm"] = value
+    set_grads(params_of(ours), 2)
+    with nothing_written(ours), pytest.raises(ValueError, match=r"max_grad_norm=1\.5.*2\.0"):
+        ours.step()
+
+
+# --- Windows --------------------------------------------------------------------------------------
+
+
+def test_the_divisor_is_that_of_the_loaded_window() -> None:
+    ours = fusedopt.SGD(make_params())
+    ours.grad_divisor = 8.0
+    set_grads(params_of(ours), 0)
+    ours.accumulate()
+    saved = copy.deepcopy(ours.state_dict())
+    ours.step()
+    ours.grad_divisor = 3.0
+    ours.load_state_dict(saved)
+    assert ours.grad_divisor == 8.0
+    assert saved[RECORD] == {"grad_divisor": 8.0, "micro_batches": 1}
+
+
+def test_a_first_micro_batch_without_gradients_counts_after_loading() -> None:
+    ours, other = fusedopt.SGD(make_params()), fusedopt.SGD(make_params())
+    ours.accumulate()
+    other.load_state_dict(through_a_file(ours.state_dict()))
+    for optimizer in (ours, other):
+        train(optimizer, range(1))
+    same(params_of(other), params_of(ours))
+    alone = fusedopt.SGD(make_params())
+    train(alone, range(1))
+    assert not torch.equal(params_of(alone)[0], params_of(ours)[0])
+
+
+def test_a_window_that_stock_has_carried_along_is_over() -> None:
+    ours = fusedopt.AdamW(make_params())
+    train(ours, range(1))
+    ours.accumulate()
+    stock = torch.optim.AdamW(make_params())
+    stock.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(stock, range(1, 3))
+    back, fresh = fusedopt.AdamW(copy.deepcopy(params_of(stock))), copy.deepcopy(stock)
+    with pytest.warns(UserWarning, match=r"state\['grad_sum'\] of 4 .*a window that is over"):
+        back.load_state_dict(copy.deepcopy(stock.state_dict()))
+    for optimizer in (back, fresh):
+        train(optimizer, range(3, 4))
+    torch.testing.assert_close(params_of(back), params_of(fresh))
+    assert "grad_sum" not in back.state[params_of(back)[0]]
 
 
 # --- Refused checkpoints --------------------------------------------------------------------------
@@ -334,6 +404,21 @@ REFUSED: dict[str, Any] = {
         damaged(state_dtype=torch.uint8)(set_group(amsgrad=True)),
         r"torch\.uint8.*amsgrad.*came with the checkpoint",
     ),
+    "betas_of_one": (damaged()(set_group(betas=(1.0, 0.9))), "betas must be at least 0"),
+    "lr_is_nan": (damaged()(set_group(lr=math.nan)), "lr must be a number"),
+    "lr_is_none": (damaged()(set_group(lr=None)), "lr is not a number"),
+    "eps_is_text": (damaged()(set_group(eps="x")), "eps is not a number"),
+    "lacking": (
+        damaged()(lambda saved: saved["state"][3].pop("exp_avg_sq")),
+        "parameter 3 .*lacks 'exp_avg_sq'",
+    ),
+    "half_a_window": (
+        damaged()(set_state("grad_sum", torch.zeros(2, 3, 2, 2))),
+        "parameter 3 .*grad_count",
+    ),
+    "seed_is_no_tensor": (damaged()(set_state("seed", 3)), "parameter 3 .*seed"),
+    "step_is_nan": (damaged()(set_state("step", torch.tensor(math.nan))), "parameter 3 .*count"),
+    "step_is_negative": (damaged()(set_state("step", torch.tensor(-1.0))), "parameter 3 .*count"),
     "no_lr": (damaged()(lambda saved: saved["param_groups"][0].pop("lr")), "has no lr"),
     "bad_option": (damaged()(set_record(max_grad_norm=-1.0)), "checkpoint's.*max_grad_norm"),
     "bad_pair": (
@@ -342,6 +427,7 @@ REFUSED: dict[str, Any] = {
     ),
     "no_record": (damaged()(lambda saved: saved.update({RECORD: 3})), "not a dict: 3"),
     "groups": (damaged()(lambda saved: saved["param_groups"].append({})), "has no lr"),
+    "odd_option_names": (damaged()(set_record(**{"max_grad_norm": -1.0, "z": 1})), "max_grad_norm"),
     "sizes": (
         damaged()(lambda saved: saved["param_groups"][0]["params"].pop()),
         "doesn't match the size",
@@ -362,7 +448,7 @@ def test_refused_checkpoint_changes_nothing(refused: tuple[Any, str], steps: int
         optimizer.accumulate()
     before = attributes(ours)
     contents = copy.deepcopy(before["param_groups"][0])
-    with nothing_written(ours), pytest.raises(ValueError, match=message):
+    with nothing_written(ours), pytest.raises((ValueError, TypeError), match=message):
         ours.load_state_dict(saved)
     after = attributes(ours)
     assert after.keys() == before.keys()
@@ -372,6 +458,23 @@ def test_refused_checkpoint_changes_nothing(refused: tuple[Any, str], steps: int
         train(optimizer, range(steps, steps + 2))
     same(params_of(ours), params_of(untouched))
     same(ours.state_dict(), untouched.state_dict())
+
+
+@pytest.mark.parametrize("wrong", [None, "file.pt", {}, {"state": {}}, {"weight": torch.ones(1)},
+                                   {"state": [], "param_groups": []}])  # fmt: skip
+def test_what_is_no_optimizers_state_is_told(wrong: Any) -> None:
+    ours = fusedopt.AdamW(make_params())
+    with pytest.raises(ValueError, match="state_dict is not an optimizer's"):
+        ours.load_state_dict(wrong)
+    train(ours, range(2))
+
+
+def test_options_of_a_later_version_are_told() -> None:
+    saved = checkpoint()
+    saved[RECORD] = {"lookahead": 5, 3: 4}
+    ours = fusedopt.AdamW(make_params(dtype=BF16))
+    with pytest.warns(UserWarning, match=r"option 3=4 \(unknown\).*lookahead=5 \(unknown\)"):
+        ours.load_state_dict(saved)
 
 
 def test_what_a_users_hook_refuses_changes_nothing() -> None:
