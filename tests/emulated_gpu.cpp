@@ -163,9 +163,9 @@ double sum_of_eight_squares(const float* g) {
 
 template <bool kGeneral>
 constexpr Kernels kernels() {
-  return {update_range<kGeneral>,      avx2::kKernels.measure,       accumulate_range,
-          avx2::kKernels.join_weights, avx2::kKernels.split_weights, avx2::kKernels.decode_state,
-          avx2::kKernels.encode_state};
+  return {update_range<kGeneral>,      avx2::kKernels.measure,      accumulate_range,
+          avx2::kKernels.average,      avx2::kKernels.join_weights, avx2::kKernels.split_weights,
+          avx2::kKernels.decode_state, avx2::kKernels.encode_state};
 }
 
 const Kernels kKernels = kernels<false>(), kGeneralKernels = kernels<true>();
