@@ -597,6 +597,12 @@ def test_state_of_no_parameter(case: Case) -> None:
 # --- Through what others do with checkpoints ------------------------------------------------------
 
 
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no distributed"
+)
+
+
+@needs_distributed
 def test_distributed_checkpoints_of_hidden_weights(tmp_path: Path) -> None:
     """They take state and groups only, which is enough for the weights."""
     from torch.distributed.checkpoint import state_dict as dcp
@@ -620,14 +626,13 @@ def test_distributed_checkpoints_of_hidden_weights(tmp_path: Path) -> None:
     same(params_of(theirs), params_of(ours))
 
 
+@needs_distributed
 @not_on_fake("no process groups")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.distributed.optim's own
 def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
     """It hands an optimizer's arguments to it twice: as arguments, and in the groups."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    if not torch.distributed.is_available():
-        pytest.skip("torch without torch.distributed")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
     )
@@ -668,6 +673,7 @@ def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@needs_distributed
 @not_on_fake("no process groups")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_share_of_the_parameters_has_no_norm_of_all(
