@@ -709,16 +709,11 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         return {name: self._new_state(param, name, dtype)}
 
     def _recreate_early_state(self) -> None:
-        """Replace the state that stock Adagrad's constructor makes: in the parameter's dtype, and
-        with counters on the CPU.
-        """
+        """Replace the state that stock Adagrad's constructor makes in the parameter's dtype."""
         names = kernels.family_states(self._family)
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.__dict__["state"].get(param, {})
-                if device.on_device(param) and "step" in state:
-                    dtype = self._step_dtype(param, group)
-                    state["step"] = state["step"].to(param.device, dtype)
                 if self._rule_dtype(param) is not None and device.has_kernels(param):
                     for name in names & state.keys():
                         state.update(self._new_entries(param, group, {}, name))
