@@ -97,6 +97,9 @@ class Finding:
         return f"{self.code} ({self.severity}): {numbers}. {self.advice}"
 
 
+# Float32 has no such number, and float64 no sum of many.
+_INFINITE = 1e300
+
 ADVICE = {
     "INSUFFICIENT_DATA": ("info", "Log more often, or train longer, before judging the curve."),
     "DIVERGED": (
@@ -356,8 +359,13 @@ def _decayed_too_early(
     return None
 
 
+def _is_finite(value: float) -> bool:
+    """Whether sums of such values are finite, too: no loss that trains comes near the limit."""
+    return abs(value) < _INFINITE
+
+
 def _nonfinite(name: str, steps: Sequence[int], values: Sequence[float]) -> Finding | None:
-    bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
+    bad = [step for step, value in zip(steps, values, strict=True) if not _is_finite(value)]
     if not bad:
         return None
     return _finding("DIVERGED", first_step=bad[0], **{f"nonfinite_{name}": len(bad)})
@@ -402,9 +410,7 @@ def findings_of(
     findings: list[Finding | None] = []
     for name in (train, val, accuracy):
         sign = -1 if name == accuracy else 1  # turned round, it should fall as losses do
-        pairs = [
-            (step, sign * y) for step, y in zip(*points(name), strict=True) if math.isfinite(y)
-        ]
+        pairs = [(step, sign * y) for step, y in zip(*points(name), strict=True) if _is_finite(y)]
         if len(pairs) >= limits.least_points:
             curves[name] = _Curve([step for step, _ in pairs], [y for _, y in pairs], limits)
         elif pairs or name == train:

@@ -279,6 +279,29 @@ def _put_back(place: _Place) -> None:
         entries[key] = tensor
 
 
+# A module, the name of one of its dicts, and the keys in there, None's among them.
+_Order = tuple[nn.Module, str, list[str]]
+
+
+def _orders(model: nn.Module) -> list[_Order]:
+    return [
+        (module, kind, list(vars(module)[kind]))
+        for module in model.modules()
+        for kind in ("_parameters", "_buffers")
+        if isinstance(vars(module).get(kind), dict)  # a scripted module has none
+    ]
+
+
+def _sort(order: _Order) -> None:
+    """What was taken out and put back is before what came after it, as parameters() gives it."""
+    module, kind, keys = order
+    entries = vars(module)[kind]
+    wanted = [key for key in keys if key in entries]
+    wanted += [key for key in entries if key not in keys]
+    if list(entries) != wanted:  # at once, so that an interrupt finds the one or the other
+        vars(module)[kind] = type(entries)((key, entries[key]) for key in wanted)
+
+
 class Swap(Block):
     """Within the block, tensors hold other values; after it all of them have their own, to the bit.
 
@@ -304,6 +327,7 @@ class Swap(Block):
         self._owner, self._make, self._what, self._model = owner, loans, what, model
         self._loans: list[Loan] = []
         self._places: list[_Place] = []
+        self._orders: list[_Order] = []
         self._failures: dict[str, Exception] = {}
         self._written: list[str] = []
 
@@ -323,6 +347,7 @@ class Swap(Block):
         with torch.inference_mode(False), torch.no_grad():
             self._loans = self._make()
             self._places = [] if self._model is None else _places(self._model)
+            self._orders = [] if self._model is None else _orders(self._model)
             self._entered = True
             self._owner._swapped = True
             for loan in self._loans:
@@ -350,11 +375,13 @@ class Swap(Block):
                 self._try(loan.name, loan.restore)
             for place in self._places:
                 self._try(place[2], _put_back, place)
+            for order in self._orders:
+                self._try(order[1], _sort, order)
         spoilt = [x for x in self._loans if x.written]
         self._written = [x.name for x in spoilt if isinstance(x.tensor, nn.Parameter)]
         self._owner._swapped = False
         self._entered = False
-        self._loans, self._places = [], []
+        self._loans, self._places, self._orders = [], [], []
 
     def _try(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
         try:
