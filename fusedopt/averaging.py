@@ -218,9 +218,9 @@ class WeightAverage:
 
         Raises:
             ValueError: The model does not match the average.
-            RuntimeError: One block within another. Or the block has written to a parameter: that
-                was the average, which has what was written now. Or, after all else has been given
-                back, something could not be; the message names it.
+            RuntimeError: A block within one of the same average. Or the block has written to a
+                parameter: that was the average, which has what was written now. Or, after all else
+                has been given back, something could not be; the message names it.
         """
 
         def loans() -> list[Loan]:
@@ -491,8 +491,9 @@ class FusedEMA:
 
         Raises:
             ValueError: It is another.
-            RuntimeError: One block within another; or there is no ``ema_decay`` any more. Or, after
-                all else has been given back, something could not be; the message names it.
+            RuntimeError: A block within one of the same average; or there is no ``ema_decay`` any
+                more. Or, after all else has been given back, something could not be; the message
+                names it.
         """
         if model is not self._model:
             raise ValueError("model is not the one whose parameters the optimizer updates")

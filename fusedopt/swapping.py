@@ -7,13 +7,14 @@ what it has done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def complete(call: Callable[[], Any]) -> None:
@@ -122,9 +123,13 @@ def alone(tensors: list[Tensor]) -> list[bool]:
     return result
 
 
+# How far the version of a tensor was raised by loans that have ended, so that it has its content.
+_undone: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+
+
 def _version(tensor: Tensor) -> int:
-    """Changes when a tensor is written to; -1: nobody knows."""
-    return -1 if tensor.is_inference() else tensor._version
+    """Changes when a tensor is written to, but for ended loans; -1: nobody knows."""
+    return -1 if tensor.is_inference() else tensor._version - _undone.get(tensor, 0)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -166,6 +171,7 @@ class Loan:
         self._nbytes = _storage(self._memory)[1]
         self._own: Tensor | None = None  # None: it is in its place, or the value has it
         self._owed: Tensor | None = None  # what the value has to take yet
+        self._before = _version(tensor)
         self._version: int | None = None
         self._ended = False
 
@@ -244,6 +250,7 @@ class Loan:
             write(memory, self._own)
         if memory_of(tensor) != memory_of(memory):
             tensor.data = memory if tensor.device == memory.device else self._own.to(tensor.device)
+        _undone[tensor] = _undone.get(tensor, 0) + _version(tensor) - self._before
         if self.exchange:
             self._own = None
 

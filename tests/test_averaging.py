@@ -8,6 +8,7 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -743,6 +744,32 @@ def test_what_the_block_does_to_the_model_is_undone(
         ema.state_dict()
     with ema.swap(model):
         pass
+
+
+@needs_host_memory
+@table("share", {"apart": lambda model: None, "flat": flatten, "overlapping": overlap})
+@pytest.mark.parametrize("writes", [False, True])
+def test_swaps_of_several_averages_nest(
+    share: Callable[[nn.Sequential], None], writes: bool
+) -> None:
+    """What an inner block gives back, it has not written to."""
+    model = make_model(torch.float32)
+    share(model)
+    outer, inner = averaged(model), averaged(model)
+    own = contents(model)
+    averages = [{n: t.clone() for n, t in each.averages.items()} for each in (outer, inner)]
+    complaint = pytest.raises(RuntimeError, match=r"has written to '2\.weight'")
+    with complaint if writes else nullcontext(), outer.swap(model):
+        for _ in range(2):
+            with inner.swap(model):
+                assert torch.equal(model[2].weight, averages[1]["2.weight"])
+            assert torch.equal(model[2].weight, averages[0]["2.weight"])
+        if writes:
+            nn.init.ones_(model[2].weight)
+            averages[0]["2.weight"].fill_(1)
+    assert_equal(contents(model), own)
+    assert torch.equal(outer.averages["2.weight"], averages[0]["2.weight"])
+    assert_equal(inner.averages, averages[1])
 
 
 def test_a_buffer_that_forward_replaces_stays_with_the_average() -> None:
