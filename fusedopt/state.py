@@ -81,9 +81,9 @@ def wide_counter(step: Tensor) -> Tensor:
 
 def counter(step: Tensor, device: torch.device) -> Tensor:
     """A counter as it is kept on a device: float64, or on the CPU as stock has it in float32."""
-    if device.type == "cpu" and step.dtype in (torch.float32, torch.float64):
-        return step.to(device)
-    return wide_counter(step).to(device)
+    kept = device.type == "cpu" and step.dtype in (torch.float32, torch.float64)
+    # CUDA reads host memory that is not pinned before such a copy returns.
+    return (step if kept else wide_counter(step)).to(device, non_blocking=device.type != "cpu")
 
 
 def check(
