@@ -63,6 +63,8 @@ def _check_same(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], whose:
             raise ValueError(f"{whose} has no {name!r}, which the average has")
         if name not in mine:
             raise ValueError(f"{whose} has {name!r}, which the average has not")
+        if theirs[name].is_meta and not mine[name].is_meta:
+            raise ValueError(f"{whose} has {name!r} on the device 'meta', without values")
         if theirs[name].shape != mine[name].shape:
             raise ValueError(
                 f"{whose} has {name!r} in the shape {tuple(theirs[name].shape)}, "

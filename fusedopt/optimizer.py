@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, ClassVar, overload
 
 import torch
@@ -55,6 +55,7 @@ from fusedopt.swapping import Loan, Swap
 
 # Where a checkpoint's record has the micro-batches of an open window.
 _WINDOW = "micro_batches"
+_MOST_MICRO_BATCHES = 2**53  # what float64, the divisor, can count
 
 # (group, index within the group, what) of one parameter.
 _Missing = list[tuple[int, int, list[str]]]
@@ -80,23 +81,35 @@ def _unshared(tensor: Tensor) -> bool:
     return _NO_OTHER_REFERENCES is not None and _references(tensor) == _NO_OTHER_REFERENCES
 
 
-def _is_of_torch(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    return package in ("torch", "fusedopt")
+def _callers() -> Iterator[FrameType]:
+    """The frames that lead here, the innermost first, but for torch's and ours."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in ("torch", "fusedopt"):
+            yield frame
+        frame = frame.f_back
 
 
-def _clipping_before(frame: FrameType) -> str | None:
-    """What a frame has loaded to clip gradients, after accumulate() and before where it is now."""
-    names = {"clip_grad_norm_", "clip_grad_value_"} & set(frame.f_code.co_names)
-    accumulates = False
-    for instruction in dis.get_instructions(frame.f_code) if names else ():
-        if instruction.offset >= frame.f_lasti:
+def _clipping_between(code: CodeType, accumulated: int, now: int) -> str | None:
+    """What code loads to clip gradients on its way from one offset to another.
+
+    A way back leads through a loop. Then what is clipped may be each micro-batch, which is right;
+    but not when it leads straight to where the code is now, where others go to accumulate().
+    """
+    loaded = {*code.co_names, *code.co_varnames, *code.co_freevars}
+    names = {"clip_grad_norm_", "clip_grad_value_"} & loaded
+    found = None
+    for instruction in dis.get_instructions(code) if names else ():
+        if instruction.offset >= now:
             break
-        if instruction.opname.startswith("LOAD_"):
-            accumulates |= instruction.argval == "accumulate"
-            if accumulates and instruction.argval in names:
-                return str(instruction.argval)
-    return None
+        if instruction.offset <= accumulated < now:
+            continue
+        if instruction.opname.startswith("LOAD_") and instruction.argval in names:
+            found = str(instruction.argval)
+        elif accumulated > now and "JUMP" in instruction.opname:
+            found = None
+    return found
 
 
 def _warn_of_partial_norm() -> None:
@@ -116,16 +129,20 @@ def _warn_of_partial_norm() -> None:
         frame = frame.f_back
 
 
-def _check_kind(state_dict: Any) -> None:
+def _check_kind(state_dict: Mapping[str, Any]) -> None:
     """ValueError when something is not an optimizer's state dict at all."""
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict is not an optimizer's, but no dict: {shown(state_dict)}")
     groups = state_dict.get("param_groups")
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(groups, (list, tuple)):
         raise ValueError(
             "state_dict is not an optimizer's, with a dict 'state' and a list 'param_groups', but "
             f"has {shown(list(state_dict))}"
         )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint is not a dict with a list 'params': "
+                f"{shown(group)}"
+            )
 
 
 def _remember(
@@ -135,6 +152,7 @@ def _remember(
     assert isinstance(optimizer, FusedOptimizer)
     if optimizer._loading is not loaded:
         return
+    _check_kind(checkpoint)
     for index, group in enumerate(checkpoint["param_groups"]):
         missing = [n for n in kernels.family_hypers(optimizer._family) if n not in group]
         if missing:
@@ -418,8 +436,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         return super().__repr__().removesuffix(")") + f"{options})"
 
     def _options_changed(self, names: set[str], undo: list[Callable[[], None]]) -> None:
-        if names - {"grad_divisor", "nonfinite"}:
-            self._configured = False
+        self._configured = False
         if "param_groups" not in self.__dict__:
             return
         before: _Created = []
@@ -485,6 +502,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             RuntimeError: A gradient does not fit its parameter, or is not one that the kernels
                 take (sparse, on another device). Nothing has been changed.
         """
+        self._note_callers()
         stepper = self._ready_stepper()
         created: _Created = []
         with stepper:
@@ -506,32 +524,42 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if self._micro_batches:
             kernels.end_window(self.__dict__, 0)
 
+    def _note_callers(self) -> None:
+        """Remember where the first window is accumulated, for :meth:`_warn_of_lost_clipping`."""
+        if not self.__dict__.get("_looked_for_clipping"):
+            self._accumulated_at = {frame.f_code: frame.f_lasti for frame in _callers()}
+
     def _warn_of_lost_clipping(self, has_grads: bool) -> None:
-        """Warn, once, when the caller seems to clip gradients that accumulate() has moved away."""
+        """Warn, once, when the caller seems to clip gradients that accumulate() has moved away.
+
+        Nobody hears of the call itself: it finds no gradient, and returns 0. But a loop that clips
+        does so between accumulate() and step().
+        """
         if self.__dict__.get("_looked_for_clipping"):
             return
         if not has_grads and (self.max_grad_norm is not None or self.max_grad_value is not None):
             return  # by hand it would find nothing to clip
         self._looked_for_clipping = True
-        frame = inspect.currentframe()
-        while frame is not None:
-            # Nobody hears of the call itself: it finds no gradient, and returns 0. But a loop that
-            # clips has it before its step.
-            name = None if _is_of_torch(frame) else _clipping_before(frame)
+        accumulated_at = self.__dict__.pop("_accumulated_at", {})
+        for frame in _callers():
+            code = frame.f_code
+            accumulated = accumulated_at.get(code, frame.f_lasti)
+            if accumulated == frame.f_lasti:  # what is between is in a function that is called here
+                continue
+            name = _clipping_between(code, accumulated, frame.f_lasti)
             if name is not None:
                 option = name.removeprefix("clip_grad_").removesuffix("_")
                 warnings.warn_explicit(
-                    f"{frame.f_code.co_name}() has a {name}() between accumulate() and step(). If "
+                    f"{code.co_name}() has a {name}() between accumulate() and step(). If "
                     "it is for the gradients of this optimizer, it does not find those that "
                     "accumulate() has moved away, and the training is not clipped as you expect: "
                     f"give the optimizer max_grad_{option}=... in its place, which clips the mean "
                     "over the window.",
                     UserWarning,
-                    frame.f_code.co_filename,
+                    code.co_filename,
                     frame.f_lineno,
                 )
                 return
-            frame = frame.f_back
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, as stock; also those that :meth:`accumulate` has added up."""
@@ -890,7 +918,8 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """
         if self.__dict__.get("_swapped"):
             raise RuntimeError("no load_state_dict() within swap_ema()")
-        _check_kind(state_dict)
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"state_dict is not an optimizer's, but no dict: {shown(state_dict)}")
         loaded: dict[str, Any] = {}
         losses: list[str] = []
         before = dict(self.__dict__)
@@ -922,7 +951,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
             for name, value in loaded["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and (name != "step" or device.has_kernels(param)):
                     place = "cpu" if name in ON_CPU else param.device
                     self.state[param][name] = value.to(place)
         recorded = loaded.get(RECORD, {})
@@ -930,7 +959,12 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
             raise ValueError(f"the checkpoint's {RECORD!r} is not a dict: {shown(recorded)}")
         recorded = dict(recorded)
         micro_batches = count("the checkpoint's micro_batches", recorded.pop(_WINDOW, 0))
-        unknown = self._load_options(self._options_in(loaded, recorded))
+        if micro_batches > _MOST_MICRO_BATCHES:
+            raise ValueError(
+                f"the checkpoint's micro_batches must be at most {_MOST_MICRO_BATCHES}: "
+                f"{shown(micro_batches)}"
+            )
+        unknown = self._load_options(self._options_in(loaded, recorded), micro_batches > 0)
         self._configured = False
         self._check_numbers()
         dropped = self._adopt_state([])
@@ -942,7 +976,7 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         if not micro_batches:  # who does not know of windows, such as stock, may carry an old one
             for _, state in self._states():
                 if "grad_count" in state and int(state["grad_count"]) > 0:
-                    entry = "grad_sum", "of a window that is over"
+                    entry = "grad_sum", "of a window whose micro-batches it does not count"
                     dropped[entry] = dropped.get(entry, 0) + 1
                 state.pop("grad_count", None)
                 state.pop("grad_sum", None)

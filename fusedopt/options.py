@@ -176,15 +176,16 @@ class StepOptions:
         """The same as text."""
         return [f"{name}={value!r}" for name, value in self._in_use().items()]
 
-    def _load_options(self, recorded: dict[str, Any]) -> list[str]:
+    def _load_options(self, recorded: dict[str, Any], in_window: bool) -> list[str]:
         """Take over a checkpoint's options, but for those that have been set here.
 
-        Returns those that nobody here knows, as text.
+        Of a checkpoint within a window, ``grad_divisor`` is always taken, also when that is None.
+        Returns the options that nobody here knows, as text.
         """
         own = self.__dict__
-        loaded_before = self._from_checkpoint
-        # grad_divisor is of the window: as that is the checkpoint's, so is this.
-        explicit = OPTIONS.keys() & own.keys() - loaded_before - {"grad_divisor"}
+        windows = {"grad_divisor"} if in_window else set()
+        replaced = self._from_checkpoint | windows
+        explicit = OPTIONS.keys() & own.keys() - replaced
         taken: dict[str, Any] = {}
         unknown = recorded.keys() - OPTIONS.keys()
         for name in recorded.keys() - unknown:
@@ -198,8 +199,8 @@ class StepOptions:
                 taken[name] = OPTIONS[name].check(name, recorded[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"the checkpoint's options of the step: {error}") from None
-        for name in loaded_before:
-            own.pop(name)
+        for name in replaced:
+            own.pop(name, None)
         own.update(taken, _from_checkpoint=frozenset(taken))
         for group in own["param_groups"]:
             group.update({name: getattr(self, name) for name in CARRIED & group.keys()})

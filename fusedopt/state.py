@@ -23,7 +23,7 @@ and ``csrc/quantize.h``).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,6 +62,17 @@ def _rows(tensor: Tensor) -> Tensor:
 def _memory(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order in which they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether something is a tensor, and not a sparse one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether all elements are in memory as they are, without gaps, and each of them once."""
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense(tensor)
+    return dense and not tensor.is_neg() and not tensor.is_conj()
 
 
 def _check_shape(param: Tensor, value: Tensor, name: str) -> None:
@@ -104,28 +115,29 @@ def check(
         raise ValueError("its state has one of 'grad_sum' and 'grad_count', but not the other")
     for name in (*squares, *HIDDEN, "ema", "grad_sum"):
         value = state.get(name)
-        if value is None:  # as stock's SGD leaves it
+        if name not in state or (value is None and name in squares):  # as stock's SGD leaves it
             continue
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not _is_dense(value):
             raise ValueError(f"state[{name!r}] is not a dense tensor: {shown(value)}")
         _check_shape(param, value, name)
+        if value.is_floating_point() and value.element_size() == 1:
+            raise ValueError(f"state[{name!r}] is in {value.dtype}, which cannot be computed with")
         if name not in ("remainder", "kahan") and value.is_complex() != param.is_complex():
             raise ValueError(f"state[{name!r}] and its parameter are not both complex")
     for name in squares:
         value, scale = state.get(name), state.get(f"{name}_scale")
         if value is None or value.dtype != torch.uint8:
             continue
-        if not isinstance(scale, Tensor) or scale.numel() != blocks_of(param):
+        if not _is_dense(scale) or scale.numel() != blocks_of(param) or scale.is_complex():
             raise ValueError(
-                f"state['{name}_scale'] must be a tensor with an element for each {kernels.BLOCK} "
-                f"of state[{name!r}]: {shown(scale)}"
+                f"state['{name}_scale'] must be a dense tensor with a number for each "
+                f"{kernels.BLOCK} elements of state[{name!r}]: {shown(scale)}"
             )
     for name in ("step", *ON_CPU):
         value = state.get(name)
-        if value is None:
+        if name not in state or (value is None and name == "step"):
             continue
-        dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if not dense or value.numel() != 1 or value.is_complex():
+        if not _is_dense(value) or value.numel() != 1 or value.is_complex():
             raise ValueError(f"state[{name!r}] is not a tensor of one number: {shown(value)}")
         if not 0 <= float(value) < math.inf:
             raise ValueError(f"state[{name!r}] is not a count: {shown(value)}")
@@ -245,18 +257,27 @@ def adopt(
         The entries that were dropped, because no other has what they told, and why.
     """
     dropped = []
+    for name in (*squares, *HIDDEN, "ema", "grad_sum"):
+        value = state.get(name)
+        if isinstance(value, Tensor):
+            _check_shape(param, value, name)
+            if not _is_plain(value):
+                state[name] = like(param, value.dtype).copy_(value)
     for name, square in squares.items():
         value = state.get(name)
         if not isinstance(value, Tensor):
             continue
-        _check_shape(param, value, name)
-        if dtype == torch.uint8:
-            if value.dtype != torch.uint8:
-                state[name], state[f"{name}_scale"] = encode(param, value, square)
-            else:
-                state[f"{name}_scale"] = state[f"{name}_scale"].to(torch.float32)
-            continue
         coded = value.dtype == torch.uint8
+        if coded:
+            scale = state[f"{name}_scale"].reshape(-1)
+            plain = (
+                scale if _is_plain(scale) else scale.clone(memory_format=torch.contiguous_format)
+            )
+            state[f"{name}_scale"] = plain.to(torch.float32)
+        if dtype == torch.uint8:
+            if not coded:
+                state[name], state[f"{name}_scale"] = encode(param, value, square)
+            continue
         if coded:
             value = rule_values(state, name, square)
             state.pop(f"{name}_scale")

@@ -7,14 +7,14 @@ what it has done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 def complete(call: Callable[[], Any]) -> None:
@@ -123,13 +123,9 @@ def alone(tensors: list[Tensor]) -> list[bool]:
     return result
 
 
-# How far the version of a tensor was raised by loans that have ended, so that it has its content.
-_undone: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
-
-
 def _version(tensor: Tensor) -> int:
-    """Changes when a tensor is written to, but for ended loans; -1: nobody knows."""
-    return -1 if tensor.is_inference() else tensor._version - _undone.get(tensor, 0)
+    """Changes when a tensor is written to; -1: nobody knows."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -171,7 +167,6 @@ class Loan:
         self._nbytes = _storage(self._memory)[1]
         self._own: Tensor | None = None  # None: it is in its place, or the value has it
         self._owed: Tensor | None = None  # what the value has to take yet
-        self._before = _version(tensor)
         self._version: int | None = None
         self._ended = False
 
@@ -196,6 +191,11 @@ class Loan:
     def look(self) -> None:
         """Remember that all is written, so that later writes are someone else's."""
         self._version = _version(self.tensor)
+
+    def is_disturbed(self) -> bool:
+        """Whether someone else has written since, or may have."""
+        version = _version(self.tensor)
+        return version == -1 or version != self._version
 
     def end(self, now: Tensor) -> None:
         """Find what has been written meanwhile; ``now`` is in the tensor's place in the model."""
@@ -250,32 +250,34 @@ class Loan:
             write(memory, self._own)
         if memory_of(tensor) != memory_of(memory):
             tensor.data = memory if tensor.device == memory.device else self._own.to(tensor.device)
-        _undone[tensor] = _undone.get(tensor, 0) + _version(tensor) - self._before
         if self.exchange:
             self._own = None
 
 
-# A module, those of its dicts that has a tensor, the key in there, and the tensor.
-_Place = tuple[nn.Module, dict[str, Any], str, Tensor]
+_KINDS = ("_parameters", "_buffers")
+
+# A module, the name of that of its dicts that has a tensor, the key in there, and the tensor.
+_Place = tuple[nn.Module, str, str, Tensor]
 
 
 def _places(model: nn.Module) -> list[_Place]:
     return [
-        (module, entries, key, tensor)
+        (module, kind, key, tensor)
         for module in model.modules()
-        for entries in (module._parameters, module._buffers)
-        for key, tensor in entries.items()
+        for kind in _KINDS
+        for key, tensor in getattr(module, kind).items()
         if tensor is not None
     ]
 
 
 def _in_place(place: _Place) -> Any:
-    _, entries, key, _ = place
+    module, kind, key, _ = place
+    entries = getattr(module, kind)
     return entries[key] if key in entries else None  # noqa: SIM401 # a scripted module has no get()
 
 
 def _put_back(place: _Place) -> None:
-    module, entries, key, tensor = place
+    module, kind, key, tensor = place
     now = _in_place(place)
     if now is tensor:
         return
@@ -283,7 +285,7 @@ def _put_back(place: _Place) -> None:
         now.data = tensor.detach().to(now.device)  # the model has moved
     else:
         vars(module).pop(key, None)  # which would hide it
-        entries[key] = tensor
+        getattr(module, kind)[key] = tensor
 
 
 # A module, the name of one of its dicts, and the keys in there, None's among them.
@@ -294,7 +296,7 @@ def _orders(model: nn.Module) -> list[_Order]:
     return [
         (module, kind, list(vars(module)[kind]))
         for module in model.modules()
-        for kind in ("_parameters", "_buffers")
+        for kind in _KINDS
         if isinstance(vars(module).get(kind), dict)  # a scripted module has none
     ]
 
@@ -307,6 +309,10 @@ def _sort(order: _Order) -> None:
     wanted += [key for key in entries if key not in keys]
     if list(entries) != wanted:  # at once, so that an interrupt finds the one or the other
         vars(module)[kind] = type(entries)((key, entries[key]) for key in wanted)
+
+
+# The swaps whose blocks are entered, of whichever models.
+_open: WeakSet[Swap] = WeakSet()
 
 
 class Swap(Block):
@@ -335,6 +341,7 @@ class Swap(Block):
         self._loans: list[Loan] = []
         self._places: list[_Place] = []
         self._orders: list[_Order] = []
+        self._around: list[Loan] = []  # of the swaps around this one, those it leaves as they were
         self._failures: dict[str, Exception] = {}
         self._written: list[str] = []
 
@@ -353,9 +360,15 @@ class Swap(Block):
         self._failures, self._written = {}, []
         with torch.inference_mode(False), torch.no_grad():
             self._loans = self._make()
+            lent = {id(loan.tensor) for loan in self._loans}
+            around = [
+                loan for swap in tuple(_open) for loan in swap._loans if id(loan.tensor) in lent
+            ]
+            self._around = [loan for loan in around if not loan.is_disturbed()]
             self._places = [] if self._model is None else _places(self._model)
             self._orders = [] if self._model is None else _orders(self._model)
             self._entered = True
+            _open.add(self)
             self._owner._swapped = True
             for loan in self._loans:
                 loan.keep()
@@ -384,11 +397,14 @@ class Swap(Block):
                 self._try(place[2], _put_back, place)
             for order in self._orders:
                 self._try(order[1], _sort, order)
+            for loan in self._around:
+                self._try(loan.name, loan.look)
         spoilt = [x for x in self._loans if x.written]
         self._written = [x.name for x in spoilt if isinstance(x.tensor, nn.Parameter)]
         self._owner._swapped = False
+        _open.discard(self)
         self._entered = False
-        self._loans, self._places, self._orders = [], [], []
+        self._loans, self._places, self._orders, self._around = [], [], [], []
 
     def _try(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -884,13 +884,46 @@ def clip_value(optimizer: Optimizer, last: bool) -> None:
         optimizer.step()
 
 
+def clip_norm_in_one_loop(optimizer: Optimizer, last: bool) -> None:
+    """accumulate() comes after step(), or is the end of all rounds but some."""
+    for micro in range(6):
+        set_grads(params_of(optimizer), micro)
+        if last and micro % 2:
+            torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+            optimizer.step()
+        elif last or not micro % 2:
+            optimizer.accumulate()
+        else:
+            if optimizer is not None:
+                torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+            optimizer.step()
+
+
+def clip_norm_after_a_helper(optimizer: Optimizer, last: bool) -> None:
+    for step in range(3):
+        fill(optimizer, 10 * step, 2)
+        if last:
+            set_grads(params_of(optimizer), step)
+        torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+        optimizer.step()
+
+
 # (With no gradient at all, torch's clip_grad_value_() raises.)
 @pytest.mark.parametrize(
-    ("loop", "last"), [(clip_norm, False), (clip_norm, True), (clip_value, True)]
+    ("loop", "last"),
+    [
+        (clip_norm, False),
+        (clip_norm, True),
+        (clip_value, True),
+        (clip_norm_in_one_loop, False),
+        (clip_norm_in_one_loop, True),
+        (clip_norm_after_a_helper, False),
+        (clip_norm_after_a_helper, True),
+    ],
 )
 def test_clipping_that_finds_no_gradients_is_told_once(loop: Callable, last: bool) -> None:
     optimizer = fusedopt.SGD(make_params())
-    name = loop.__name__.removeprefix("clip_")
+    name = "value" if loop is clip_value else "norm"
     message = rf"clip_grad_{name}_\(\).*give the optimizer max_grad_{name}="
     with pytest.warns(UserWarning, match=message) as caught:
         loop(optimizer, last)
@@ -917,6 +950,30 @@ def clip_each(optimizer: Optimizer) -> None:
         optimizer.step()
 
 
+def clip_each_in_one_loop(optimizer: Optimizer) -> None:
+    for micro in range(6):
+        set_grads(params_of(optimizer), micro)
+        torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+        if micro % 2:
+            optimizer.step()
+        else:
+            optimizer.accumulate()
+
+
+def clip_another(optimizer: Optimizer) -> None:
+    """A critic's gradients, say, before a function that accumulates and steps."""
+    other = make_params()
+    for step in range(3):
+        set_grads(other, step)
+        torch.nn.utils.clip_grad_norm_(other, 0.1)
+        fill_and_step(optimizer)
+
+
+def fill_and_step(optimizer: Optimizer) -> None:
+    fill(optimizer, 0, 2)
+    optimizer.step()
+
+
 def import_only(optimizer: Optimizer) -> None:
     set_grads(params_of(optimizer), 0)
     optimizer.accumulate()
@@ -933,7 +990,9 @@ def clip_later(optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("loop", [clip_each, import_only, clip_later])
+@pytest.mark.parametrize(
+    "loop", [clip_each, clip_each_in_one_loop, clip_another, import_only, clip_later]
+)
 def test_other_clipping_is_no_reason_to_warn(loop: Callable) -> None:
     loop(fusedopt.SGD(make_params()))
 

@@ -772,6 +772,68 @@ def test_swaps_of_several_averages_nest(
     assert_equal(inner.averages, averages[1])
 
 
+@needs_host_memory
+def test_nested_swaps_give_back_what_both_blocks_have_replaced() -> None:
+    model = make_model(torch.float32)
+    outer, inner = averaged(model), averaged(model)
+    before = [*model.named_parameters(), *model.named_buffers()]
+    own = contents(model)
+    with outer.swap(model):
+        with inner.swap(model):
+            for module, name in ((model[0], "weight"), (model[1], "running_mean")):
+                tensor = getattr(module, name)
+                delattr(module, name)
+                if isinstance(tensor, nn.Parameter):
+                    module.register_parameter(name, tensor)
+                else:
+                    module.register_buffer(name, tensor)
+        model[0].weight = nn.Parameter(torch.full_like(model[0].weight, 9.0))
+        model[1].running_mean = torch.full_like(model[1].running_mean, 7.0)
+    after = [*model.named_parameters(), *model.named_buffers()]
+    assert all(now[1] is then[1] for now, then in zip(after, before, strict=True))
+    assert_equal(contents(model), own)
+
+
+@needs_host_memory
+def test_a_swap_within_that_of_a_part_writes_to_nothing() -> None:
+    """Though a buffer of the whole is a view of a parameter of the part."""
+    model, _, whole = fused()
+    model[2].register_buffer("view", model[0].weight.detach())
+    part = averaged(model[0])
+    own = contents(model)
+    with part.swap(model[0]), whole.swap(model):
+        pass
+    assert_equal(contents(model), own)
+
+
+def test_torch_can_exchange_tensors_after_a_swap() -> None:
+    """It refuses those to which there is a weak reference."""
+    model = make_model(torch.float32)
+    ema = averaged(model)
+    with ema.swap(model):
+        pass
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        assert model.half()[0].weight.dtype == torch.float16
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@needs_host_memory
+@pytest.mark.parametrize("cls", [EMA, SWA])
+def test_update_from_a_model_without_values_changes_nothing(cls: type) -> None:
+    model = make_model(torch.float32)
+    average = EMA(model) if cls is EMA else SWA(model, start=0)
+    before = {n: t.clone() for n, t in average.averages.items()}
+    disturb(model, 0)
+    model[2].to("meta")
+    with pytest.raises(ValueError, match=r"'2\.weight' on the device 'meta'"):
+        average.update(model)
+    assert_equal(average.averages, before)
+    assert average.n_averaged == 0
+
+
 def test_a_buffer_that_forward_replaces_stays_with_the_average() -> None:
     """Evaluated in inference mode, from which nothing can be written to outside."""
 
@@ -1064,7 +1126,7 @@ def test_loading_copies_and_checks() -> None:
     {
         "shape": ({"module.mask": torch.zeros(3)}, ValueError, r"'mask' in the shape \(3,\)"),
         "no tensor": ({"module.mask": [True]}, TypeError, "'mask', which is no tensor"),
-        "no data": ({"module.mask": torch.zeros(2, device="meta")}, NotImplementedError, "no data"),
+        "no data": ({"module.mask": torch.zeros(2, device="meta")}, ValueError, "without values"),
         "count": ({"n_averaged": torch.tensor(1.5)}, TypeError, r"\['n_averaged'\] is not an int"),
         "several": ({"n_averaged": torch.ones(2).int()}, TypeError, r"\['n_averaged'\] is not"),
         "negative": ({"n_averaged": -1}, ValueError, r"\['n_averaged'\] must be at least 0: -1"),

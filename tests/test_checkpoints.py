@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from helpers import (
     table,
     through_a_file,
 )
+from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
@@ -266,31 +268,56 @@ def test_a_group_may_lack_what_another_carries() -> None:
         train(ours, range(2))
 
 
-def test_a_group_that_is_set_back_is_noticed() -> None:
-    value = 1.5
-    ours = fusedopt.SGD([{"params": make_params(), "max_grad_norm": value}])
+@table(
+    "option",
+    {
+        "max_grad_norm": ("max_grad_norm", 1.5, 2.0),
+        "nonfinite": ("nonfinite", "skip", "propagate"),
+        "grad_divisor": ("grad_divisor", 4.0, 2.0),
+    },
+)
+def test_a_group_that_is_set_back_is_noticed(option: tuple[str, Any, Any]) -> None:
+    name, value, other = option
+    ours = fusedopt.SGD([{"params": make_params(), name: value}])
     train(ours, range(2))
-    ours.max_grad_norm = 2.0
-    ours.param_groups[0]["max_grad_norm"] = value
+    setattr(ours, name, other)
+    ours.param_groups[0][name] = value
     set_grads(params_of(ours), 2)
-    with nothing_written(ours), pytest.raises(ValueError, match=r"max_grad_norm=1\.5.*2\.0"):
+    message = re.escape(f"{name}={value!r}, the optimizer {other!r}")
+    with nothing_written(ours), pytest.raises(ValueError, match=message):
         ours.step()
 
 
 # --- Windows --------------------------------------------------------------------------------------
 
 
-def test_the_divisor_is_that_of_the_loaded_window() -> None:
+@pytest.mark.parametrize("divisor", [None, 8.0])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_divisor_is_that_of_the_loaded_window(divisor: float | None, fresh: bool) -> None:
     ours = fusedopt.SGD(make_params())
-    ours.grad_divisor = 8.0
+    ours.grad_divisor = divisor
     set_grads(params_of(ours), 0)
     ours.accumulate()
     saved = copy.deepcopy(ours.state_dict())
+    assert saved[RECORD].pop("grad_divisor", None) == divisor
+    assert saved[RECORD] == {"micro_batches": 1}
+    saved = copy.deepcopy(ours.state_dict())
     ours.step()
+    if fresh:
+        ours = fusedopt.SGD(make_params())
     ours.grad_divisor = 3.0
     ours.load_state_dict(saved)
-    assert ours.grad_divisor == 8.0
-    assert saved[RECORD] == {"grad_divisor": 8.0, "micro_batches": 1}
+    assert ours.grad_divisor == divisor
+
+
+def test_without_a_window_the_divisor_that_was_set_stays() -> None:
+    ours, other = fusedopt.SGD(make_params()), fusedopt.SGD(make_params())
+    ours.grad_divisor = 8.0
+    other.load_state_dict(ours.state_dict())
+    assert other.grad_divisor == 8.0
+    other.grad_divisor = 3.0
+    other.load_state_dict(ours.state_dict())
+    assert other.grad_divisor == 3.0
 
 
 def test_a_first_micro_batch_without_gradients_counts_after_loading() -> None:
@@ -313,7 +340,9 @@ def test_a_window_that_stock_has_carried_along_is_over() -> None:
     stock.load_state_dict(copy.deepcopy(ours.state_dict()))
     train(stock, range(1, 3))
     back, fresh = fusedopt.AdamW(copy.deepcopy(params_of(stock))), copy.deepcopy(stock)
-    with pytest.warns(UserWarning, match=r"state\['grad_sum'\] of 4 .*a window that is over"):
+    with pytest.warns(
+        UserWarning, match=r"state\['grad_sum'\] of 4 .*a window whose micro-batches"
+    ):
         back.load_state_dict(copy.deepcopy(stock.state_dict()))
     for optimizer in (back, fresh):
         train(optimizer, range(3, 4))
@@ -344,6 +373,8 @@ def set_group(**values: Any) -> Callable[[dict[str, Any]], Any]:
 def set_record(**values: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda saved: saved.update({RECORD: values})
 
+
+FLOAT8 = torch.float8_e4m3fn
 
 REFUSED: dict[str, Any] = {
     "shape": (damaged()(set_state("exp_avg", torch.zeros(4))), r"parameter 3 .*exp_avg.*\(4,\)"),
@@ -426,7 +457,33 @@ REFUSED: dict[str, Any] = {
         "exclude one another.*came with the checkpoint",
     ),
     "no_record": (damaged()(lambda saved: saved.update({RECORD: 3})), "not a dict: 3"),
-    "groups": (damaged()(lambda saved: saved["param_groups"].append({})), "has no lr"),
+    "a_group_without_params": (
+        damaged()(lambda saved: saved["param_groups"].append({})),
+        r"param_groups\[1\].*list 'params'",
+    ),
+    "a_group_is_a_number": (
+        damaged()(lambda saved: saved["param_groups"].append(3)),
+        r"param_groups\[1\].*not a dict",
+    ),
+    "params_is_none": (damaged()(set_group(params=None)), r"param_groups\[0\].*list 'params'"),
+    "a_window_of_none": (
+        damaged()(lambda saved: saved["state"][3].update(grad_sum=None, grad_count=None)),
+        "parameter 3 .*grad_sum.*dense tensor",
+    ),
+    "too_many_micro_batches": (damaged()(set_record(micro_batches=10**400)), "micro_batches"),
+    "float8": (
+        damaged()(set_state("exp_avg", torch.zeros(2, 3, 2, 2, device="cpu").to(FLOAT8))),
+        "parameter 3 .*exp_avg.*float8",
+    ),
+    "complex_scales": (
+        damaged(state_dtype=torch.uint8)(
+            lambda saved: saved["state"][3].update(
+                exp_avg=torch.zeros(2, 3, 2, 2, dtype=torch.uint8),
+                exp_avg_scale=torch.ones(1, dtype=torch.complex64),
+            )
+        ),
+        "parameter 3 .*exp_avg_scale",
+    ),
     "odd_option_names": (damaged()(set_record(**{"max_grad_norm": -1.0, "z": 1})), "max_grad_norm"),
     "sizes": (
         damaged()(lambda saved: saved["param_groups"][0]["params"].pop()),
@@ -490,6 +547,89 @@ def test_what_a_users_hook_refuses_changes_nothing() -> None:
     for optimizer in (ours, untouched):
         train(optimizer, range(3))
     same(params_of(ours), params_of(untouched))
+
+
+def test_a_users_hook_may_unwrap_the_checkpoint() -> None:
+    ours = fusedopt.AdamW(make_params(dtype=BF16))
+    handle = ours.register_load_state_dict_pre_hook(lambda _, saved: saved["optimizer"])
+    ours.load_state_dict({"optimizer": checkpoint(weight_precision="kahan")})
+    assert ours.weight_precision == "kahan"
+    with nothing_written(ours), pytest.raises(ValueError, match="state_dict is not an optimizer's"):
+        ours.load_state_dict({"optimizer": {}})
+    handle.remove()
+    with pytest.raises(ValueError, match="state_dict is not an optimizer's"):
+        ours.load_state_dict({"optimizer": checkpoint()})
+
+
+def expanded(value: Tensor) -> Tensor:
+    return value.flatten()[0].expand(value.shape)
+
+
+def gapped(value: Tensor) -> Tensor:
+    return torch.stack([value, value], dim=-1)[..., 0]
+
+
+def reversed_dims(value: Tensor) -> Tensor:
+    dims = tuple(reversed(range(value.dim())))
+    return value.permute(dims).contiguous().permute(dims)
+
+
+LAYOUTS = {"expanded": expanded, "gapped": gapped, "reversed": reversed_dims}
+
+
+@table("layout", LAYOUTS)
+@table("options", {"plain": {}, "ema": {"ema_decay": 0.5}, "8_bits": {"state_dtype": torch.uint8}})
+def test_state_in_any_layout_is_that_of_its_values(
+    layout: Callable[[Tensor], Tensor], options: dict[str, Any]
+) -> None:
+    ours, other = (fusedopt.AdamW(make_params(), **options) for _ in range(2))
+    train(ours, range(3))
+    codes = [copy.deepcopy(ours.state[p]) for p in params_of(ours)]
+    saved = ours.state_dict()
+    for i, state in enumerate(codes):  # with the codes of 8 bits as they are
+        odd = {k: layout(v) if k not in ("step", "seed") else v for k, v in state.items()}
+        saved["state"][i] = odd
+    plain = copy.deepcopy(saved)
+    for state in plain["state"].values():
+        for name, value in state.items():
+            state[name] = value.clone(memory_format=torch.contiguous_format)
+    ours.load_state_dict(saved)
+    other.load_state_dict(plain)
+    with torch.no_grad():
+        for mine, theirs in zip(params_of(ours), params_of(other), strict=True):
+            theirs.copy_(mine)
+    for optimizer in (ours, other):
+        train(optimizer, range(3, 6))
+    same(params_of(ours), params_of(other))
+
+
+@needs_host_memory
+def test_scales_of_another_dtype_are_taken_for_any_state_dtype() -> None:
+    ours = fusedopt.AdamW(make_params(), state_dtype=torch.uint8)
+    train(ours, range(2))
+    saved = ours.state_dict()
+    for i, p in enumerate(params_of(ours)):
+        saved["state"][i] = {
+            k: v.double() if k.endswith("_scale") else v for k, v in ours.state[p].items()
+        }
+    values = ours.state_dict()["state"][0]["exp_avg"]
+    for dtype in (torch.float32, torch.uint8):
+        other = fusedopt.AdamW(make_params(), state_dtype=dtype)
+        other.load_state_dict(saved)
+        torch.testing.assert_close(
+            other.state_dict()["state"][0]["exp_avg"].float(), values.float(), rtol=0, atol=0
+        )
+
+
+def test_where_there_are_no_kernels_the_counter_stays_as_stock_has_it() -> None:
+    saved = checkpoint()
+    made = []
+    for cls in (fusedopt.AdamW, torch.optim.AdamW):
+        optimizer = cls([Parameter(torch.empty_like(p, device="meta")) for p in make_params()])
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        made.append([state["step"] for state in optimizer.state.values()])
+    same(made[0], made[1])
+    assert all(step.device == other.device for step, other in zip(*made, strict=True))
 
 
 FOREIGN = [
