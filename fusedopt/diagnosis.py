@@ -97,8 +97,8 @@ class Finding:
         return f"{self.code} ({self.severity}): {numbers}. {self.advice}"
 
 
-# Float32 has no such number, and float64 no sum of many.
-_INFINITE = 1e300
+# Float32 has no such number, and float64 no sum of many such squares.
+_INFINITE = 1e150
 
 ADVICE = {
     "INSUFFICIENT_DATA": ("info", "Log more often, or train longer, before judging the curve."),
@@ -360,7 +360,7 @@ def _decayed_too_early(
 
 
 def _is_finite(value: float) -> bool:
-    """Whether sums of such values are finite, too: no loss that trains comes near the limit."""
+    """Whether sums of squares are finite, too: no loss that trains comes near the limit."""
     return abs(value) < _INFINITE
 
 

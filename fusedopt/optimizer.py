@@ -537,10 +537,10 @@ class FusedOptimizer(StepOptions, torch.optim.Optimizer):
         """
         if self.__dict__.get("_looked_for_clipping"):
             return
-        if not has_grads and (self.max_grad_norm is not None or self.max_grad_value is not None):
-            return  # by hand it would find nothing to clip
         self._looked_for_clipping = True
         accumulated_at = self.__dict__.pop("_accumulated_at", {})
+        if not has_grads and (self.max_grad_norm is not None or self.max_grad_value is not None):
+            return  # by hand it would find nothing to clip
         for frame in _callers():
             code = frame.f_code
             accumulated = accumulated_at.get(code, frame.f_lasti)

@@ -262,14 +262,16 @@ def adopt(
         if isinstance(value, Tensor):
             _check_shape(param, value, name)
             if not _is_plain(value):
-                state[name] = like(param, value.dtype).copy_(value)
+                state[name] = like(param, value.dtype).copy_(value.detach())
     for name, square in squares.items():
         value = state.get(name)
+        coded = isinstance(value, Tensor) and value.dtype == torch.uint8
+        if not coded:
+            state.pop(f"{name}_scale", None)
         if not isinstance(value, Tensor):
             continue
-        coded = value.dtype == torch.uint8
         if coded:
-            scale = state[f"{name}_scale"].reshape(-1)
+            scale = state[f"{name}_scale"].detach().reshape(-1)
             plain = (
                 scale if _is_plain(scale) else scale.clone(memory_format=torch.contiguous_format)
             )

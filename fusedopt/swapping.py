@@ -7,11 +7,12 @@ what it has done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -256,8 +257,8 @@ class Loan:
 
 _KINDS = ("_parameters", "_buffers")
 
-# A module, the name of that of its dicts that has a tensor, the key in there, and the tensor.
-_Place = tuple[nn.Module, str, str, Tensor]
+# A module, the name of one of its dicts, a key in there, and the tensor or None.
+_Place = tuple[nn.Module, str, str, Tensor | None]
 
 
 def _places(model: nn.Module) -> list[_Place]:
@@ -266,7 +267,6 @@ def _places(model: nn.Module) -> list[_Place]:
         for module in model.modules()
         for kind in _KINDS
         for key, tensor in getattr(module, kind).items()
-        if tensor is not None
     ]
 
 
@@ -281,7 +281,12 @@ def _put_back(place: _Place) -> None:
     now = _in_place(place)
     if now is tensor:
         return
-    if isinstance(now, Tensor) and now.device != tensor.device and now.shape == tensor.shape:
+    if (
+        isinstance(now, Tensor)
+        and tensor is not None
+        and now.device != tensor.device
+        and now.shape == tensor.shape
+    ):
         now.data = tensor.detach().to(now.device)  # the model has moved
     else:
         vars(module).pop(key, None)  # which would hide it
@@ -297,7 +302,7 @@ def _orders(model: nn.Module) -> list[_Order]:
         (module, kind, list(vars(module)[kind]))
         for module in model.modules()
         for kind in _KINDS
-        if isinstance(vars(module).get(kind), dict)  # a scripted module has none
+        if type(vars(module).get(kind)) in (dict, OrderedDict)  # a scripted module has neither
     ]
 
 
@@ -305,14 +310,29 @@ def _sort(order: _Order) -> None:
     """What was taken out and put back is before what came after it, as parameters() gives it."""
     module, kind, keys = order
     entries = vars(module)[kind]
+    known = set(keys)
     wanted = [key for key in keys if key in entries]
-    wanted += [key for key in entries if key not in keys]
+    wanted += [key for key in entries if key not in known]
     if list(entries) != wanted:  # at once, so that an interrupt finds the one or the other
         vars(module)[kind] = type(entries)((key, entries[key]) for key in wanted)
 
 
 # The swaps whose blocks are entered, of whichever models.
-_open: WeakSet[Swap] = WeakSet()
+_open: WeakValueDictionary[int, Swap] = WeakValueDictionary()
+
+
+def _undisturbed_loans() -> Iterator[Loan]:
+    """Of the swaps whose blocks are entered; of what is exchanged, which only versions tell of."""
+    for reference in _open.valuerefs():  # at once, whatever other threads do
+        swap = reference()
+        for loan in swap._loans if swap is not None else ():
+            if loan.exchange and not loan.is_disturbed():
+                yield loan
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements, and share a version when one is a view."""
+    return memory_of(tensor) or (id(tensor),)
 
 
 class Swap(Block):
@@ -360,15 +380,12 @@ class Swap(Block):
         self._failures, self._written = {}, []
         with torch.inference_mode(False), torch.no_grad():
             self._loans = self._make()
-            lent = {id(loan.tensor) for loan in self._loans}
-            around = [
-                loan for swap in tuple(_open) for loan in swap._loans if id(loan.tensor) in lent
-            ]
-            self._around = [loan for loan in around if not loan.is_disturbed()]
+            lent = {_identity(loan.tensor) for loan in self._loans}
+            self._around = [x for x in _undisturbed_loans() if _identity(x.tensor) in lent]
             self._places = [] if self._model is None else _places(self._model)
             self._orders = [] if self._model is None else _orders(self._model)
             self._entered = True
-            _open.add(self)
+            _open[id(self)] = self
             self._owner._swapped = True
             for loan in self._loans:
                 loan.keep()
@@ -402,7 +419,7 @@ class Swap(Block):
         spoilt = [x for x in self._loans if x.written]
         self._written = [x.name for x in spoilt if isinstance(x.tensor, nn.Parameter)]
         self._owner._swapped = False
-        _open.discard(self)
+        _open.pop(id(self), None)
         self._entered = False
         self._loans, self._places, self._orders, self._around = [], [], [], []
 

@@ -748,9 +748,9 @@ def test_what_the_block_does_to_the_model_is_undone(
 
 @needs_host_memory
 @table("share", {"apart": lambda model: None, "flat": flatten, "overlapping": overlap})
-@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("writes", ["", "before", "after"])
 def test_swaps_of_several_averages_nest(
-    share: Callable[[nn.Sequential], None], writes: bool
+    share: Callable[[nn.Sequential], None], writes: str
 ) -> None:
     """What an inner block gives back, it has not written to."""
     model = make_model(torch.float32)
@@ -760,11 +760,14 @@ def test_swaps_of_several_averages_nest(
     averages = [{n: t.clone() for n, t in each.averages.items()} for each in (outer, inner)]
     complaint = pytest.raises(RuntimeError, match=r"has written to '2\.weight'")
     with complaint if writes else nullcontext(), outer.swap(model):
+        if writes == "before":
+            nn.init.ones_(model[2].weight)
+            averages[0]["2.weight"].fill_(1)
         for _ in range(2):
             with inner.swap(model):
                 assert torch.equal(model[2].weight, averages[1]["2.weight"])
             assert torch.equal(model[2].weight, averages[0]["2.weight"])
-        if writes:
+        if writes == "after":
             nn.init.ones_(model[2].weight)
             averages[0]["2.weight"].fill_(1)
     assert_equal(contents(model), own)
@@ -804,6 +807,24 @@ def test_a_swap_within_that_of_a_part_writes_to_nothing() -> None:
     with part.swap(model[0]), whole.swap(model):
         pass
     assert_equal(contents(model), own)
+
+
+def test_what_was_none_is_none_after_a_swap() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    with averaged(model).swap(model):
+        model.bias = nn.Parameter(torch.ones(2))
+    assert model.bias is None
+
+
+def test_a_swap_within_that_of_a_model_with_the_same_memory_writes_to_nothing() -> None:
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    second.weight = nn.Parameter(first.weight.detach())
+    own = contents(first)
+    averages = averaged(first), averaged(second)
+    own = contents(first)
+    with averages[0].swap(first), averages[1].swap(second):
+        pass
+    assert_equal(contents(first), own)
 
 
 def test_torch_can_exchange_tensors_after_a_swap() -> None:

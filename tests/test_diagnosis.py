@@ -159,7 +159,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "exploding": ("DIVERGED", {"train": exploding}, "best"),
     "rising": ("DIVERGED", {"train": lambda x: 2.3 + 5 * x}, "end"),
     "nan": ("DIVERGED", {"train": lambda x: 2.3 if x < 0.5 else math.nan}, "first_step"),
-    "beyond sums": ("DIVERGED", {"train": lambda x: 1e308}, "nonfinite_train_loss"),
+    "beyond sums": ("DIVERGED", {"train": lambda x: 1e160 * (1 + x)}, "nonfinite_train_loss"),
     "nan in validation": (
         "DIVERGED",
         {"train": fall(2.3, 0.3, 0.1), "val": lambda x: 2.3 if x < 0.5 else math.inf},
