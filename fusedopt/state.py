@@ -241,7 +241,7 @@ def adopt(
     dtype: torch.dtype | None,
     hidden: str | None,
 ) -> list[tuple[str, str]]:
-    """Bring a loaded state into the form that an optimizer keeps, in place.
+    """Bring a state that :func:`check` has passed into the form that an optimizer keeps, in place.
 
     Args:
         param: The parameter.
@@ -259,10 +259,8 @@ def adopt(
     dropped = []
     for name in (*squares, *HIDDEN, "ema", "grad_sum"):
         value = state.get(name)
-        if isinstance(value, Tensor):
-            _check_shape(param, value, name)
-            if not _is_plain(value):
-                state[name] = like(param, value.dtype).copy_(value.detach())
+        if isinstance(value, Tensor) and not _is_plain(value):
+            state[name] = like(param, value.dtype).copy_(value.detach())
     for name, square in squares.items():
         value = state.get(name)
         coded = isinstance(value, Tensor) and value.dtype == torch.uint8
@@ -271,11 +269,8 @@ def adopt(
         if not isinstance(value, Tensor):
             continue
         if coded:
-            scale = state[f"{name}_scale"].detach().reshape(-1)
-            plain = (
-                scale if _is_plain(scale) else scale.clone(memory_format=torch.contiguous_format)
-            )
-            state[f"{name}_scale"] = plain.to(torch.float32)
+            scale = state[f"{name}_scale"].detach().resolve_neg().reshape(-1)
+            state[f"{name}_scale"] = scale.contiguous().to(torch.float32)
         if dtype == torch.uint8:
             if not coded:
                 state[name], state[f"{name}_scale"] = encode(param, value, square)
